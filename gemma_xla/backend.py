@@ -1,0 +1,121 @@
+"""Where a run happens. `Backend` is plain PyTorch on one device; `gemma_xla.xla.XlaBackend` is many devices through
+PyTorch/XLA. The trainer talks to either through the same few methods.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from gemma_xla.errors import UserError
+from gemma_xla.sharding import MeshShape, Spec
+
+# A part of a tensor: where it lies in the whole, and its values on the CPU.
+Piece = tuple[tuple[slice, ...], torch.Tensor]
+
+
+class Backend:
+    """Plain PyTorch on one device: nothing is split, nothing is compiled."""
+
+    name = "torch"
+    attention = "sdpa"
+    process_index = 0
+    process_count = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.mesh = MeshShape()
+
+    @property
+    def device_kind(self) -> str:
+        """What the device calls itself, such as "NVIDIA H100 80GB HBM3", or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The precision that suits the device."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def place(self, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+        """Move a whole CPU tensor to the devices, split as ``spec`` says. The result shares no memory with it."""
+        return tensor.to(self.device, copy=True)
+
+    def place_batch(self, batch: dict[str, torch.Tensor], spec: Spec) -> dict[str, torch.Tensor]:
+        """Move this host's rows of a batch to the devices."""
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def zeros_like(self, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+        """Zeros split like ``tensor``."""
+        return torch.zeros_like(tensor)
+
+    def constrain(self, tensor: torch.Tensor, forward: Spec, backward: Spec) -> torch.Tensor:
+        """Fix how a tensor is split, and how its gradient is."""
+        return tensor
+
+    def remat(self, function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """Call ``function``, keeping only its inputs for the backward pass."""
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+    def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
+        """Apply equal layers in a loop that is compiled once."""
+        raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
+
+    def optimizer_options(self) -> dict[str, bool]:
+        """Arguments with which torch.optim works best here."""
+        return {"fused": True} if self.device.type == "cuda" else {}
+
+    def scalar(self, value: float) -> float | torch.Tensor:
+        """A number that changes from step to step, in the form that needs no new compilation."""
+        return value
+
+    def flush(self) -> None:
+        """Hand the recorded operations to the device; without effect where they run at once."""
+
+    def result(self, tensor: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
+        """Return a function that waits for a step's figures, ``[n]``, and tells when the device had them.
+
+        The time is `time.perf_counter`'s. Between the two calls the device may work on, and be given more to do.
+        """
+        if self.device.type != "cuda":
+            done = tensor.tolist(), time.perf_counter()
+            return lambda: done
+        # A plain read would wait for whatever was queued since.
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait() -> tuple[list[float], float]:
+            event.synchronize()
+            return values.tolist(), time.perf_counter()
+
+        return wait
+
+    def barrier(self, name: str) -> None:
+        """Wait until every host has come here."""
+
+    def pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        """The parts of a tensor that this host must save, on the CPU; parts held twice are listed once."""
+        return [(tuple(slice(0, size) for size in tensor.shape), tensor.detach().to("cpu", copy=True))]
+
+    def compilations(self) -> int:
+        """Graphs compiled so far by this process."""
+        return 0
+
+
+def open_backend(mesh_section, *, use_xla: bool, device: torch.device | None = None) -> Backend:
+    """Return the backend of this machine.
+
+    Args:
+        mesh_section: the config's ``mesh``.
+        use_xla: whether to run through PyTorch/XLA.
+        device: the device of a run without it.
+    """
+    if use_xla:
+        from gemma_xla.xla import XlaBackend  # torch_xla is slow to import, and absent on a plain GPU machine
+
+        return XlaBackend(mesh_section)
+    return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,124 @@
+"""The console command `gemma-xla`, and what recipes share with it: arguments in, one clear line out on a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gemma_xla.config import RunConfig, load_config
+from gemma_xla.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `gemma-xla`."""
+    parser = argparse.ArgumentParser(prog="gemma-xla", description="Tools around Gemma training with PyTorch/XLA.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for add in (_add_export, _add_generate, _add_flops, _add_chips):
+        add(verbs)
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    _guarded(lambda: args.run(args), args.debug)
+
+
+def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] | None = None) -> None:
+    """Run a recipe: read ``--config`` and ``--set key=value``, then call ``run`` with the config."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="the run's YAML file, such as those in recipes/configs")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value, such as train.steps=10"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    _guarded(lambda: run(load_config(args.config, args.set)), args.debug)
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> None:
+    try:
+        action()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="the run's output_dir")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
+    parser.add_argument("--max-shard-size", default="5GB", help="the largest weight file (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from gemma_xla.train.finish import export_run
+
+    options = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "overwrite": args.overwrite}
+    print(export_run(args.folder, args.out, **options))
+
+
+def _add_generate(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("generate", help="continue a prompt with a run or a Hugging Face folder")
+    parser.add_argument("model", metavar="RUN_OR_HF_FOLDER")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from gemma_xla.infer.text import open_model, stream
+
+    model, tokenizer = open_model(args.model)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    print(args.prompt, end="", flush=True)
+    for text in stream(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, **options):
+        print(text, end="", flush=True)
+    print()
+
+
+def _add_flops(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("flops", help="count a model's FLOPs, term by term")
+    parser.add_argument("preset", metavar="MODEL", help="a preset, such as gemma-7b")
+    parser.add_argument("--seq-len", type=int, default=8192, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--lora-rank", type=int, help="count LoRA fine-tuning with adapters of this rank")
+    parser.add_argument("--json", action="store_true", help="print for programs")
+    parser.set_defaults(run=_flops)
+
+
+def _flops(args: argparse.Namespace) -> None:
+    from gemma_xla.flops import FlopCounter, report, table
+    from gemma_xla.model.config import preset
+
+    counter = FlopCounter(preset(args.preset), args.seq_len, args.lora_rank)
+    print(json.dumps(report(counter), indent=2) if args.json else table(counter))
+
+
+def _add_chips(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("chips", help="list the chips, their peaks and prices, and where the figures are from")
+    parser.set_defaults(run=_chips)
+
+
+def _chips(args: argparse.Namespace) -> None:
+    from gemma_xla.chips import CHIPS
+
+    for chip in CHIPS.values():
+        print(f"{chip.name}: {chip.peak_flops.value / 1e12:.4g} TFLOP/s bf16, ${chip.price.value:.2f} per hour")
+        print(f"    peak: {chip.peak_flops.source} ({chip.peak_flops.date})")
+        print(f"    price: {chip.price.source} ({chip.price.date})")
+
+
+if __name__ == "__main__":
+    main()

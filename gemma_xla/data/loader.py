@@ -1,0 +1,236 @@
+"""Batches made ahead of time by a background thread, each with the position that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gemma_xla.data.documents import Corpus, Document
+from gemma_xla.data.packing import IGNORED, Lane, pack
+from gemma_xla.data.tokenizer import document_encoder
+from gemma_xla.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+Item = TypeVar("Item")
+
+
+class TrainLoader:
+    """Endless batches of one process's rows: lanes ``rows`` of a global batch of ``num_rows``.
+
+    A batch holds ``input_ids``, ``position_ids``, ``segment_ids`` and ``shift_labels``, each ``[len(rows), seq_len]``
+    on the CPU (see `packing.pack`). All rows are full. `close` it, or use it as a context manager.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, rows: range):
+        config = corpus.config
+        self._seq_len, self._prefetch, self._pad = config.seq_len, config.prefetch, tokenizer.pad_token_id
+        self._documents = corpus.train_documents(document_encoder(tokenizer), rows, num_rows)
+        weights = [source.weight for source in corpus.train_sources]
+        self._lanes = {row: Lane(row, self._documents, weights, self._seq_len, corpus.seed) for row in rows}
+        # What a position is only meaningful with.
+        self._setup = {
+            "num_rows": num_rows,
+            "seed": corpus.seed,
+            "shuffle": config.shuffle,
+            "documents": [source.num_documents for source in corpus.train_sources],
+        }
+        # Position and contents of the last batch delivered; batches made ahead do not count.
+        self._state = {"batches": 0, "lanes": _positions(self._lanes)}
+        self._names: dict[int, list[str]] = {}
+        self._batches: Iterator[_Made] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            made = _make(self._lanes, self._state["batches"], self._seq_len, self._pad)
+            self._batches = prefetch(made, self._prefetch)
+        try:
+            batch, self._state, self._names = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch delivered, for JSON; it covers this process's lanes.
+
+        `merge_states` puts those of all processes together, and any number of processes can continue from that.
+        """
+        return {"setup": self._setup, **self._state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch that the position refers to.
+
+        Raises:
+            UserError: it is the position of other data, or lanes of this process are missing in it.
+        """
+        for name, value in self._setup.items():
+            if state["setup"][name] != value:
+                raise UserError(
+                    f"data: the saved position has {name} {state['setup'][name]}, but this run has {value}; "
+                    "continue with the same data, seed and rows per step, or start anew"
+                )
+        if missing := [row for row in self._lanes if str(row) not in state["lanes"]]:
+            raise UserError(f"data: the saved position lacks rows {missing}; merge the positions of all processes")
+        self._stop()
+        lanes = {str(row): state["lanes"][str(row)] for row in self._lanes}
+        self._state, self._names = {"batches": state["batches"], "lanes": lanes}, {}
+        self._rewind()
+
+    def stats(self) -> dict[str, float]:
+        """Return what this process has delivered: batches, tokens, finished documents, fraction of padding."""
+        batches = self._state["batches"]
+        documents = sum(sum(lane["cursors"]) for lane in self._state["lanes"].values())
+        tokens = batches * len(self._lanes) * self._seq_len
+        return {"batches": batches, "tokens": tokens, "documents": documents, "padding": 0.0}
+
+    def describe(self) -> str:
+        """Say which documents the last batch delivered came from, a line per row."""
+        return "\n".join(f"row {row}: {', '.join(names)}" for row, names in self._names.items())
+
+    def close(self) -> None:
+        """Stop the background thread. Iterating again continues after the last batch delivered."""
+        self._stop()
+        self._rewind()
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stop(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _rewind(self) -> None:
+        """Put the lanes where the last batch delivered left them."""
+        for row, lane in self._lanes.items():
+            lane.load_state_dict(self._state["lanes"][str(row)])
+        for number, documents in enumerate(self._documents):
+            documents.seek({row: lane.cursors[number] for row, lane in self._lanes.items()})
+
+
+class EvalLoader:
+    """The held-out documents, each once and in order: finite, and from the start each time it is iterated.
+
+    Row i of the packed text is row ``i % num_rows`` of batch ``i // num_rows``. Rows that are missing at the end are
+    padding, so all processes see equally many batches of one shape. Every process packs all rows (only then does it
+    know how many there are) and delivers its own, ``rows``.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, rows: range):
+        self._corpus, self._encode = corpus, document_encoder(tokenizer)
+        self._num_rows, self._rows, self._pad = num_rows, rows, tokenizer.pad_token_id
+        self._tokens = self._positions = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._tokens = self._positions = 0
+        for batch in prefetch(self._make(), self._corpus.config.prefetch):
+            self._tokens += int((batch["shift_labels"] != IGNORED).sum())
+            self._positions += batch["shift_labels"].numel()
+            yield batch
+
+    def stats(self) -> dict[str, float]:
+        """Return what this process has delivered in the latest pass: tokens, and the fraction of padding."""
+        padding = 1 - self._tokens / self._positions if self._positions else 0.0
+        return {"tokens": self._tokens, "padding": padding}
+
+    def _make(self) -> Iterator[Batch]:
+        seq_len = self._corpus.config.seq_len
+        documents = _Successive(self._corpus.eval_documents(self._encode))
+        lane = Lane(0, [documents], [1.0], seq_len, self._corpus.seed)
+        while True:
+            rows = [lane.next_row() for _ in range(self._num_rows)]
+            if not rows[0]:
+                return
+            yield pack([rows[row] for row in self._rows], seq_len, self._pad)
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Put together the positions of processes that own different rows of the same batch."""
+    states = list(states)
+    return {**states[0], "lanes": {row: lane for state in states for row, lane in state["lanes"].items()}}
+
+
+def prefetch(items: Iterable[Item], size: int) -> Iterator[Item]:
+    """Yield ``items``, computing up to ``size`` ahead in a thread.
+
+    An exception of ``items`` is raised here, after the items before it. The thread ends with the generator.
+    """
+    ready: Queue[tuple[Item | None, BaseException | None]] = Queue(size)
+    stopped = Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+                if stopped.is_set():
+                    return
+            ready.put((None, StopIteration()))
+        except BaseException as error:  # whatever it is, the consumer must see it
+            ready.put((None, error))
+
+    thread = Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        _drain(ready, thread)
+
+
+def _drain(ready: Queue, thread: Thread) -> None:
+    """Wait for the thread, which may be waiting for room in the queue."""
+    while thread.is_alive():
+        try:
+            ready.get(timeout=0.02)
+        except Empty:
+            continue
+
+
+class _Made(NamedTuple):
+    """A batch, the position after it, and the documents in each of its rows."""
+
+    batch: Batch
+    state: dict[str, Any]
+    names: dict[int, list[str]]
+
+
+def _make(lanes: dict[int, Lane], batches: int, seq_len: int, pad_token_id: int) -> Iterator[_Made]:
+    # Not a method: the thread must not keep the loader alive, or it would never end by itself.
+    while True:
+        rows = {row: lane.next_row() for row, lane in lanes.items()}
+        batches += 1
+        names = {row: [name for name, _ in pieces] for row, pieces in rows.items()}
+        batch = pack(list(rows.values()), seq_len, pad_token_id)
+        yield _Made(batch, {"batches": batches, "lanes": _positions(lanes)}, names)
+
+
+def _positions(lanes: dict[int, Lane]) -> dict[str, Any]:
+    # Keys are text, as in JSON.
+    return {str(row): lane.state_dict() for row, lane in lanes.items()}
+
+
+class _Successive:
+    """Documents for a single lane, from an iterator."""
+
+    def __init__(self, documents: Iterator[Document]):
+        self._documents = documents
+
+    def get(self, lane: int, cursor: int) -> Document | None:
+        return next(self._documents, None)

@@ -1,0 +1,101 @@
+"""Causal attention behind one interface: `attend(q, k, v, mask, impl)`.
+
+Shape letters: B batch rows, T query positions, S key positions, N query heads, K key/value heads, G = N // K query
+heads per key/value head, H head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class Mask:
+    """Who may look at whom, kept as token ids so that each implementation builds only what it needs.
+
+    A query sees a key when the key is not later in the row, carries the same segment id, and lies within the window.
+    Padding is a segment of its own (id 0), so a Hugging Face ``attention_mask`` is a valid ``segment_ids``.
+    """
+
+    def __init__(self, segment_ids_BS: torch.Tensor | None = None, q_index_T: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            segment_ids_BS: the document each key belongs to; None: every row is one document.
+            q_index_T: the queries' places among the keys when there are fewer queries than keys, as in decoding with
+                a cache; None: there are as many, in the same order.
+        """
+        self.segment_ids_BS = segment_ids_BS
+        self.q_index_T = q_index_T
+        self._dense: dict[int | None, torch.Tensor] = {}
+
+    @property
+    def is_plain_causal(self) -> bool:
+        return self.segment_ids_BS is None and self.q_index_T is None
+
+    def dense(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """The mask as booleans, True where visible: ``[B, 1, T, S]``, or ``[1, 1, T, S]`` without segments."""
+        if window not in self._dense:
+            self._dense[window] = self._build(num_keys, window, device)
+        return self._dense[window]
+
+    def _build(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+        k_index_S = torch.arange(num_keys, device=device)
+        q_index_T = k_index_S if self.q_index_T is None else self.q_index_T
+        distance_TS = q_index_T[:, None] - k_index_S[None, :]
+        visible_TS = distance_TS >= 0
+        if window is not None:
+            visible_TS = visible_TS & (distance_TS < window)
+        visible = visible_TS[None, None]
+        if self.segment_ids_BS is not None:
+            k_seg_BS = self.segment_ids_BS
+            q_seg_BT = k_seg_BS if self.q_index_T is None else k_seg_BS[:, self.q_index_T]
+            visible = visible & (q_seg_BT[:, None, :, None] == k_seg_BS[:, None, None, :])
+        return visible
+
+
+def attend(
+    q_BTNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    mask: Mask,
+    *,
+    window: int | None = None,
+    impl: str = "sdpa",
+) -> torch.Tensor:
+    """Scaled dot-product attention with shared key/value heads (arXiv:2305.13245); returns ``[B, T, N, H]``.
+
+    Args:
+        window: positions a query sees, itself included; None: all before it.
+        impl: a key of `IMPLEMENTATIONS`.
+    """
+    return IMPLEMENTATIONS[impl](q_BTNH, k_BSKH, v_BSKH, mask, window)
+
+
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+    """Every step spelled out, softmax in float32. Key/value heads are shared without being copied."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.view(B, T, K, N // K, H)
+    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH).float() * H**-0.5
+    visible = mask.dense(S, window, q_BTNH.device)[:, :, None]
+    # A finite filler: a row with nothing to see must not become NaN.
+    scores_BKGTS = torch.where(visible, scores_BKGTS, torch.finfo(torch.float32).min)
+    probs_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(q_BTNH.dtype)
+    return torch.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+    """PyTorch's fused kernels."""
+    causal = mask.is_plain_causal and window is None
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k_BSKH.transpose(1, 2),
+        v_BSKH.transpose(1, 2),
+        attn_mask=None if causal else mask.dense(k_BSKH.shape[1], window, q_BTNH.device),
+        is_causal=causal,
+        enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
+    )
+    return out_BNTH.transpose(1, 2)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "sdpa": _sdpa}

@@ -1,0 +1,162 @@
+"""The architecture's numbers, under the names Hugging Face's ``config.json`` uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_xla.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Shape of a Gemma decoder. Field names and meanings equal those of ``transformers.GemmaConfig``.
+
+    ``head_dim`` is a field of its own: for Gemma 7B, ``num_attention_heads * head_dim`` is not ``hidden_size``.
+
+    Raises:
+        UserError: a size is not positive, ``head_dim`` is odd (rotary embeddings turn pairs), or the query heads
+            cannot be shared out evenly among the key/value heads.
+    """
+
+    vocab_size: int = 256000
+    hidden_size: int = 2048
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 1
+    head_dim: int = 256
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    # A layer whose type is "sliding_attention" sees only the last `sliding_window` positions; None means all layers
+    # see everything before them, as in Gemma 1.
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    bos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not value > 0:
+                raise UserError(f"model: {name} is {value}; it must be greater than 0")
+        if self.head_dim % 2:
+            raise UserError(f"model: head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model: num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
+            self._check_layer_types(self.layer_types)
+
+    def _check_layer_types(self, layer_types: tuple[str, ...]) -> None:
+        if len(layer_types) != self.num_hidden_layers:
+            raise UserError(
+                f"model: layer_types names {len(layer_types)} layers but num_hidden_layers is {self.num_hidden_layers}"
+            )
+        for kind in layer_types:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UserError(
+                    f"model: layer_types has {kind!r}; it may hold 'full_attention' and 'sliding_attention'"
+                )
+        if "sliding_attention" in layer_types and not (self.sliding_window or 0) > 0:
+            raise UserError("model: layer_types has sliding layers; set sliding_window to their width in tokens")
+
+    def window(self, layer_idx: int) -> int | None:
+        """Positions that layer ``layer_idx`` sees, itself included; None: everything before it."""
+        if self.layer_types is None or self.layer_types[layer_idx] == "full_attention":
+            return None
+        return self.sliding_window
+
+    def replace(self, **overrides: Any) -> GemmaConfig:
+        """Return a copy with the given fields changed.
+
+        Raises:
+            UserError: a name is not a field, or its value is of another type.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        for name, value in overrides.items():
+            if name not in fields:
+                raise UserError(f"model: unknown field {name!r}{nearest(name, fields)}")
+            if name in _POSITIVE:
+                kind = float if isinstance(fields[name].default, float) else int
+                if isinstance(value, bool) or not isinstance(value, (int, kind)):
+                    raise UserError(f"model: {name} is {value!r}; it must be of type {kind.__name__}")
+        return dataclasses.replace(self, **overrides)
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
+)
+
+PRESETS: dict[str, GemmaConfig] = {
+    # Gemma: Open Models Based on Gemini Research and Technology, arXiv:2403.08295, table 1.
+    "gemma-2b": GemmaConfig(),
+    "gemma-7b": GemmaConfig(
+        hidden_size=3072,
+        intermediate_size=24576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    ),
+    # For tests: as small as it gets with every mechanism in play (grouped heads, heads * head_dim != hidden_size).
+    "gemma-test": GemmaConfig(
+        vocab_size=512,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    ),
+    # The quickstart's model: 6.6M parameters with a vocabulary of 4096, learns in minutes on two cores.
+    "gemma-tiny": GemmaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1024,
+    ),
+    # For benchmarks: about 60M parameters.
+    "gemma-small": GemmaConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=2048,
+    ),
+}
+
+
+def preset(name: str) -> GemmaConfig:
+    """Return the preset called ``name``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"model.preset: no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

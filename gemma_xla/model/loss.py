@@ -1,0 +1,78 @@
+"""Cross entropy over a large vocabulary without the full logits.
+
+For Gemma, one row of 8192 positions has 8.4 GB of float32 logits. Here the logits of a few hundred positions exist at a
+time, and their gradient is taken at once, while they are there: nothing of size ``[B, T, V]`` is kept or recomputed.
+
+Shape letters: B batch rows, T positions, C positions in a chunk, D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+def chunked_cross_entropy(
+    h_BTD: torch.Tensor, weight_VD: torch.Tensor, shift_labels_BT: torch.Tensor, chunk: int = 512
+) -> torch.Tensor:
+    """Sum over positions of ``-log softmax(h @ weight.T)[label]``, a float32 scalar.
+
+    Args:
+        h_BTD: final hidden states.
+        weight_VD: the output embedding.
+        shift_labels_BT: the token that follows each position (already shifted); -100: not counted.
+        chunk: positions per row whose logits exist at one time.
+    """
+    if torch.is_grad_enabled() and (h_BTD.requires_grad or weight_VD.requires_grad):
+        return _ChunkedCrossEntropy.apply(h_BTD, weight_VD, shift_labels_BT, chunk)
+    parts = _chunks(h_BTD, shift_labels_BT, chunk)
+    return sum(_nll(h_BCD @ weight_VD.T, labels_BC)[0] for h_BCD, labels_BC in parts)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_BTD, weight_VD, shift_labels_BT, chunk):
+        total = torch.zeros((), dtype=torch.float32, device=h_BTD.device)
+        # Each chunk adds to every entry: bfloat16 would lose the small ones.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_h = []
+        for h_BCD, labels_BC in _chunks(h_BTD, shift_labels_BT, chunk):
+            nll, grad_logits_BCV = _nll(h_BCD @ weight_VD.T, labels_BC, with_grad=True)
+            total = total + nll
+            grad_logits_BCV = grad_logits_BCV.to(h_BTD.dtype)
+            grad_h.append(grad_logits_BCV @ weight_VD)
+            if grad_weight_VD is not None:
+                grad_weight_VD = grad_weight_VD + torch.einsum("bcv,bcd->vd", grad_logits_BCV, h_BCD).float()
+        ctx.save_for_backward(torch.cat(grad_h, dim=1), grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_h_BTD, grad_weight_VD = ctx.saved_tensors
+        grad_h_BTD = (grad_h_BTD * grad_output).to(grad_h_BTD.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad_output).to(ctx.weight_dtype)
+        return grad_h_BTD, grad_weight_VD, None, None
+
+
+def _chunks(h_BTD, labels_BT, chunk):
+    # Along T, never along B: rows live on different devices.
+    return zip(h_BTD.split(chunk, dim=1), labels_BT.split(chunk, dim=1), strict=True)
+
+
+def _nll(logits_BCV, labels_BC, with_grad: bool = False):
+    """The chunk's summed loss and, when asked for, its gradient with respect to the logits, both float32."""
+    logits_BCV = logits_BCV.float()
+    counted_BC = labels_BC != IGNORE_INDEX
+    lse_BC = torch.logsumexp(logits_BCV, dim=-1)
+    # A comparison instead of gather and scatter: XLA fuses it, and it splits along V.
+    vocab_V = torch.arange(logits_BCV.shape[-1], device=logits_BCV.device)
+    is_label_BCV = vocab_V == labels_BC[..., None]
+    picked_BC = torch.where(is_label_BCV, logits_BCV, 0.0).sum(-1)
+    nll = torch.where(counted_BC, lse_BC - picked_BC, 0.0).sum()
+    if not with_grad:
+        return nll, None
+    probs_BCV = torch.exp(logits_BCV - lse_BC[..., None])
+    return nll, (probs_BCV - is_label_BCV.float()) * counted_BC[..., None]

@@ -1,0 +1,81 @@
+"""The end of a run: curves, the Hugging Face folder, a sample, and where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_xla.checkpoint import open_run
+from gemma_xla.config import RunConfig, dump_config, validate
+from gemma_xla.hf import export, model_card
+from gemma_xla.train.metrics import plot, read_metrics, summary
+from gemma_xla.train.run import Run
+
+
+def finish(run: Run) -> None:
+    """Draw, export, sample, and print what the run made. Call it on the first host."""
+    records = read_metrics(run.folder / "metrics.jsonl")
+    plot(records, run.folder / "curves.png", run.folder.name)
+    made = {
+        "config": run.folder / "config.yaml",
+        "metrics": run.folder / "metrics.jsonl",
+        "TensorBoard": run.folder / "tensorboard",
+        "curves": run.folder / "curves.png",
+        "tokenizer": run.tokenizer_folder,
+        "checkpoints": run.checkpoints,
+    }
+    section = run.config.export
+    if section.at_end:
+        made["model"] = export_run(
+            run.folder,
+            run.folder / "export",
+            dtype=section.dtype,
+            max_shard_size=section.max_shard_size,
+            overwrite=True,
+        )
+        if run.config.log.sample_prompt is not None:
+            run.say("\n" + sample(made["model"], run.config.log.sample_prompt))
+    run.say("\n" + "\n".join(f"{name:>12}: {value}" for name, value in _rounded(summary(records)).items()))
+    run.say("\n" + "\n".join(f"{name:>12}: {path}" for name, path in made.items()))
+
+
+def export_run(folder: Path, out: Path, **options: Any) -> Path:
+    """Write the newest checkpoint of the run in ``folder`` as a Hugging Face folder; return its path.
+
+    Args:
+        options: ``dtype``, ``max_shard_size`` and ``overwrite`` of `gemma_xla.hf.export`.
+
+    Raises:
+        UserError: the run has no checkpoint, or ``out`` is taken.
+    """
+    reader, model_config, state = open_run(folder)
+    config = validate(state["config"], str(folder))
+    card = model_card(
+        out.name,
+        model_config,
+        sources=_sources(config),
+        metrics=_rounded(summary(read_metrics(folder / "metrics.jsonl"))),
+        run_config=dump_config(config),
+    )
+    return export(reader, model_config, out, tokenizer=folder / "tokenizer", card=card, **options)
+
+
+def sample(folder: Path, prompt: str, max_new_tokens: int = 64) -> str:
+    """Continue ``prompt`` with the exported model, loaded by transformers as any other program would."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _sources(config: RunConfig) -> list[str]:
+    return [f"{source.path} (weight {source.weight:g})" for source in config.data.train]
+
+
+def _rounded(values: dict[str, float]) -> dict[str, str]:
+    return {name: f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" for name, value in values.items()}

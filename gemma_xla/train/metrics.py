@@ -1,0 +1,148 @@
+"""What a run reports: computed in one place, written to the bar, a file and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gemma_xla.chips import Chip, cost
+from gemma_xla.flops import FlopCounter
+
+
+class Meter:
+    """Turns a step's time and tokens into rates, fractions and dollars."""
+
+    def __init__(self, flops: FlopCounter, chip: Chip, num_chips: int, positions_per_step: int) -> None:
+        """
+        Args:
+            flops: the model's counter.
+            chip: whose peak and price count.
+            num_chips: how many of them work.
+            positions_per_step: rows times sequence length of a step, padding included.
+        """
+        self.flops = flops
+        self.chip = chip
+        self.num_chips = num_chips
+        self.positions_per_step = positions_per_step
+        # Over the whole run, restored on resuming.
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def step(self, seconds: float, real_tokens: float) -> dict[str, float]:
+        """Return the figures of a step that took ``seconds`` and learnt from ``real_tokens`` tokens."""
+        self.seconds += seconds
+        self.tokens += int(real_tokens)
+        real_fraction = real_tokens / self.positions_per_step
+        per_chip = self.positions_per_step / seconds / self.num_chips
+        peak = self.chip.peak_flops.value
+        mfu = self.flops.mfu(per_chip, peak)
+        return {
+            "step_time": seconds,
+            "tokens": self.tokens,
+            "tokens_per_second_per_chip": per_chip,
+            "real_token_fraction": real_fraction,
+            "mfu": mfu,
+            "mfu_full_square": self.flops.mfu(per_chip, peak, causal=False),
+            "mfu_real_tokens": mfu * real_fraction,
+            "dollars": cost(self.chip, self.num_chips, self.seconds / 3600),
+        }
+
+
+class MetricsLog:
+    """``metrics.jsonl``, the trackers and the progress bar of one run; silent on all hosts but the first."""
+
+    def __init__(self, path: Path, accelerator: Any, *, total: int, start: int, enabled: bool) -> None:
+        """
+        Args:
+            path: the file to append to; lines of steps after ``start`` are dropped: they will be taken again.
+            accelerator: its trackers receive every record.
+            total: steps of the run.
+            start: steps already taken.
+            enabled: whether this host reports.
+        """
+        self.path = path
+        self.accelerator = accelerator
+        self.records = [r for r in read_metrics(path) if r["step"] <= start]
+        if enabled:
+            path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8") if enabled else None
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=not enabled, dynamic_ncols=True)
+
+    def write(self, record: dict[str, float]) -> None:
+        """Record figures of a step; ``record`` holds "step"."""
+        self.records.append(record)
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        step = int(record["step"])
+        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+
+    def advance(self, record: dict[str, float]) -> None:
+        """Move the bar to a step just finished."""
+        self.bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
+            f"MFU {record['mfu']:.1%}, {record['step_time']:.2f} s/step, {record['compilations']:.0f} compiled",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._file:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self._file:
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics file, oldest first; none if it is absent."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def summary(records: list[dict[str, float]]) -> dict[str, float]:
+    """What a run ended with: its last losses, and the median of its rates over the steps that compiled nothing."""
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "eval_loss" in r]
+    if not steps:
+        return {}
+    compiled = [0, *(r["compilations"] for r in steps)]
+    steady = [r for r, before in zip(steps, compiled, strict=False) if r["compilations"] == before] or steps
+    last = steps[-1]
+    result = {"steps": last["step"], "tokens": last["tokens"], "loss": last["loss"]}
+    if evaluations:
+        result["eval_loss"] = evaluations[-1]["eval_loss"]
+    for name in ("step_time", "tokens_per_second_per_chip", "mfu", "mfu_full_square"):
+        result[name] = statistics.median(r[name] for r in steady)
+    return {**result, "dollars": last["dollars"], "compilations": last["compilations"]}
+
+
+def plot(records: list[dict[str, float]], path: Path, title: str) -> None:
+    """Draw loss and MFU over steps as a PNG."""
+    import matplotlib  # slow to import, and only needed at the end of a run
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "eval_loss" in r]
+    figure, (loss, mfu) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure.suptitle(title)
+    loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
+    loss.plot([r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations], "o-", label="held out")
+    loss.set(xlabel="step", ylabel="loss (nats per token)")
+    loss.legend()
+    mfu.plot([r["step"] for r in steps], [100 * r["mfu"] for r in steps])
+    mfu.set(xlabel="step", ylabel="MFU (%, causal)", ylim=(0, None))
+    for axes in (loss, mfu):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,112 @@
+"""From one plain module to a run: weights cast and gathered as they are used, layers rematerialised or scanned.
+
+The model's own code stays as it is. Each decoder layer, and the model around the layers, is a *unit*: while a unit
+runs, its parameters are replaced by copies in the compute dtype, whole along the fsdp axis; gradients flow back to the
+stored parameters, split like them, which makes the compiler scatter them as it reduces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gemma_xla.backend import Backend
+from gemma_xla.config import TrainSection
+from gemma_xla.model.gemma import Gemma
+from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
+
+
+def parallelize(
+    model: Gemma, specs: dict[str, Spec], backend: Backend, section: TrainSection, dtype: torch.dtype
+) -> None:
+    """Change how ``model`` runs, not what it computes.
+
+    Args:
+        model: its parameters already placed.
+        specs: how each parameter is stored.
+        backend: where it runs.
+        section: the config's ``train``: ``remat`` and ``layers``.
+        dtype: the compute dtype of matrices; norms keep the dtype they are stored in.
+    """
+    _constrain_activations(model, backend)
+    # While layers are scanned, the first one stands for all: their specs are equal.
+    for i, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{i}."
+        own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
+        _use_as_unit(layer, own, backend, dtype)
+        if section.remat == "full" and section.layers == "loop":
+            _use_remat(layer, backend)
+    outer = {name: spec for name, spec in specs.items() if ".layers." not in name}
+    _use_as_unit(model, outer, backend, dtype)
+    if section.layers == "scan":
+        _use_scan(model, backend, section.remat == "full")
+
+
+def _use_as_unit(module: nn.Module, specs: dict[str, Spec], backend: Backend, dtype: torch.dtype) -> None:
+    def prepared(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        # Cast before gathering: half the bytes travel.
+        weight = parameter.to(dtype) if parameter.dim() > 1 else parameter
+        spec = specs[name]
+        return weight if gathered(spec) == spec else backend.constrain(weight, gathered(spec), spec)
+
+    plain = module.forward
+
+    def forward(*args, **kwargs):
+        with _substituted(module, specs, prepared):
+            return plain(*args, **kwargs)
+
+    module.forward = forward
+
+
+@contextmanager
+def _substituted(
+    module: nn.Module, names: dict[str, Spec], prepared: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Put ``prepared(name, parameter)`` in the place of each named parameter for a while."""
+    replaced = []
+    try:
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            stored = owner._parameters[leaf]
+            replaced.append((owner, leaf, stored))
+            owner._parameters[leaf] = prepared(name, stored)
+        yield
+    finally:
+        for owner, leaf, stored in replaced:
+            owner._parameters[leaf] = stored
+
+
+def _use_remat(layer: nn.Module, backend: Backend) -> None:
+    plain = layer.forward
+
+    def forward(h, cos, sin, mask, cache=None):
+        if cache is not None or not torch.is_grad_enabled():
+            return plain(h, cos, sin, mask, cache)
+        return backend.remat(plain, h, cos, sin, mask)
+
+    layer.forward = forward
+
+
+def _use_scan(model: Gemma, backend: Backend, remat: bool) -> None:
+    decoder = model.model
+
+    def run_layers(h, cos, sin, mask, cache):
+        return backend.scan_layers(decoder.layers, h, cos, sin, mask.segment_ids_BS, remat)
+
+    decoder.run_layers = run_layers
+
+
+def _constrain_activations(model: Gemma, backend: Backend) -> None:
+    """Fix how activations are split, lest the compiler carry them from device to device to suit one operation."""
+    if backend.mesh.num_devices == 1:
+        return
+    for name, module in model.named_modules():
+        for rule in ACTIVATION_RULES:
+            if re.fullmatch(rule.pattern, name):
+                spec = resolve_spec(rule.stored, backend.mesh, model.config)
+                module.register_forward_hook(lambda _m, _args, out, spec=spec: backend.constrain(out, spec, spec))

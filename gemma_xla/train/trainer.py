@@ -1,0 +1,205 @@
+"""The loop: what stays in Python while the devices work."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemma_xla import checkpoint
+from gemma_xla.data.loader import EvalLoader, TrainLoader
+from gemma_xla.errors import TrainingError, UserError
+from gemma_xla.model.gemma import init_parameter
+from gemma_xla.train.build import build_model
+from gemma_xla.train.compilations import CompilationWatch
+from gemma_xla.train.metrics import Meter, MetricsLog, summary
+from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction, step_count
+from gemma_xla.train.parallelize import parallelize
+from gemma_xla.train.run import Run
+from gemma_xla.train.step import Batch, TrainStep, summed_loss
+
+
+class Trainer:
+    """Takes a run from its first step, or its newest checkpoint, to its last step."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.config
+        self.backend = run.backend
+        self.rows = run.micro_batch_rows * self.config.train.grad_accum
+        self.train_loader = TrainLoader(run.corpus, run.tokenizer, num_rows=self.rows, rows=self._share(self.rows))
+        self.meter = Meter(run.flops, run.chip, run.num_chips, self.rows * self.config.data.seq_len)
+        self.step = 0
+        self._build()
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end, evaluate, save; return the run's summary."""
+        train, total = self.config.train, self.config.train.steps
+        self.log = MetricsLog(
+            self.run.folder / "metrics.jsonl",
+            self.run.accelerator,
+            total=total,
+            start=self.step,
+            enabled=self.run.is_main,
+        )
+        self.watch = CompilationWatch(self.backend)
+        self._pending: tuple[int, float, Callable[[], tuple[list[float], float]], str] | None = None
+        self._finished_at = time.perf_counter()
+        try:
+            while self.step < total:
+                rate = train.optimizer.lr * learning_rate_fraction(self.step, total, train.schedule)
+                micro_batches = self._next_micro_batches()
+                result = self.train_step(micro_batches, rate)
+                self.step += 1
+                self.watch.after_step(self.step, micro_batches)
+                result = self.backend.result(result)
+                # The device works on this step while the host reads the one before.
+                self._finish_pending()
+                self._pending = (self.step, rate, result, self.train_loader.describe())
+                self._between_steps(last=self.step == total)
+        finally:
+            self.log.close()
+            self.train_loader.close()
+        return summary(self.log.records)
+
+    def evaluate(self) -> float:
+        """Return the mean loss over the held-out text, in nats per token."""
+        rows = self.run.micro_batch_rows
+        loader = EvalLoader(self.run.corpus, self.run.tokenizer, num_rows=rows, rows=self._share(rows))
+        total = torch.zeros(2)
+        for i, batch in enumerate(loader):
+            if i == self.config.eval.batches:
+                break
+            with torch.no_grad():
+                sums = torch.stack(summed_loss(self.model, batch, self.backend, self.config.train.loss_chunk))
+            self.backend.flush()
+            total += sums.cpu()
+        return (total[0] / total[1]).item()
+
+    def save(self) -> None:
+        """Write a checkpoint and delete those that are no longer kept."""
+        state = {
+            **self.run.state(),
+            "step": self.step,
+            "tokens": self.meter.tokens,
+            "seconds": self.meter.seconds,
+            "data": self.train_loader.state_dict(),
+        }
+        checkpoint.save(self.run.checkpoints, self.step, self._tensors(), state, self.backend)
+        if self.run.is_main:
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+
+    def _build(self) -> None:
+        run, section = self.run, self.config.train
+        found = checkpoint.complete(run.checkpoints)
+        reader = checkpoint.CheckpointReader(found[-1]) if found else None
+        state = self._checked_state(found[-1]) if found else None
+
+        def fill(name: str, values: torch.Tensor) -> None:
+            if reader is None:
+                init_parameter(name, values, run.model_config, self.config.seed)
+            else:
+                values.copy_(reader.read(f"model/{name}"))
+
+        attention = self.config.model.attention
+        attention = self.backend.attention if attention == "auto" else attention
+        self.model, self.specs = build_model(run.model_config, self.backend, fill, attention)
+        self.optimizer = build_optimizer(self.model, self.specs, self.backend, section.optimizer)
+        if reader is not None:
+            self._resume(reader, state)
+        parallelize(self.model, self.specs, self.backend, section, run.compute_dtype)
+        self.train_step = TrainStep(
+            self.model,
+            self.optimizer,
+            self.backend,
+            clip_norm=section.optimizer.clip_norm,
+            loss_chunk=section.loss_chunk,
+        )
+        self.backend.flush()
+
+    def _checked_state(self, folder: Any) -> dict[str, Any]:
+        state, ours = checkpoint.read_state(folder), self.run.state()["model"]
+        ours = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
+        theirs = state["model"]
+        different = [f"{key} ({theirs.get(key)}, now {ours[key]})" for key in ours if theirs.get(key) != ours[key]]
+        if different:
+            raise UserError(
+                f"checkpoint {folder}: it is of another model: {', '.join(different)}; set the config back, or choose "
+                "another output_dir"
+            )
+        return state
+
+    def _resume(self, reader: checkpoint.CheckpointReader, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.meter.tokens, self.meter.seconds = state["tokens"], state["seconds"]
+        for name, parameter in self.model.named_parameters():
+            slots = self.optimizer.state[parameter]
+            slots["step"] = step_count(self.optimizer, self.step, self.backend)
+            for moment in MOMENTS:
+                slots[moment] = self.backend.place(reader.read(f"optimizer/{name}/{moment}"), self.specs[name])
+        self.train_loader.load_state_dict(state["data"])
+        self.run.say(f"Continuing from step {self.step} ({reader.folder})")
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model/{name}"] = parameter.detach()
+            for moment in MOMENTS:
+                tensors[f"optimizer/{name}/{moment}"] = self.optimizer.state[parameter][moment]
+        return tensors
+
+    def _share(self, rows: int) -> range:
+        """This host's rows of a batch."""
+        count, index = self.backend.process_count, self.backend.process_index
+        return range(rows * index // count, rows * (index + 1) // count)
+
+    def _next_micro_batches(self) -> list[Batch]:
+        batch = next(self.train_loader)
+        parts = {key: value.chunk(self.config.train.grad_accum) for key, value in batch.items()}
+        return [{key: part[i] for key, part in parts.items()} for i in range(self.config.train.grad_accum)]
+
+    def _between_steps(self, last: bool) -> None:
+        evaluate = last or _due(self.step, self.config.eval.every)
+        save = last or _due(self.step, self.config.checkpoint.every)
+        if not (evaluate or save):
+            return
+        # Never save what was not seen to be finite.
+        self._finish_pending()
+        if save:
+            self.save()
+        if evaluate and self.run.corpus.has_eval:
+            loss = self.evaluate()
+            self.log.write({"step": self.step, "eval_loss": loss})
+            self.log.say(f"step {self.step}: held-out loss {loss:.4f}")
+        self.watch.expect()
+        # Neither counts as time of the next step.
+        self._finished_at = time.perf_counter()
+
+    def _finish_pending(self) -> None:
+        """Wait for the step before and report it; its time is that from the end of its predecessor to its own end."""
+        if self._pending is None:
+            return
+        (step, rate, result, rows), self._pending = self._pending, None
+        (loss, grad_norm, tokens), finished_at = result()
+        seconds, self._finished_at = finished_at - self._finished_at, finished_at
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._stop_not_finite(step, loss, grad_norm, rows)
+        record = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+        record |= self.meter.step(seconds, tokens) | {"compilations": self.watch.count}
+        self.log.write(record)
+        self.log.advance(record)
+
+    def _stop_not_finite(self, step: int, loss: float, grad_norm: float, rows: str) -> None:
+        found = checkpoint.complete(self.run.checkpoints)
+        kept = f"the newest checkpoint, {found[-1]}, is from before" if found else "there is no checkpoint yet"
+        raise TrainingError(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; {kept}. Lower train.optimizer.lr, "
+            f"lengthen train.schedule.warmup_steps, or look at the text of this batch:\n{rows}"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

@@ -1,0 +1,216 @@
+"""The seam: the only module that imports torch_xla. A move to its successor touches this file alone.
+
+One process drives all the devices of its host (SPMD): tensors look whole, and the compiler splits the work as their
+sharding says (GSPMD, arXiv:2105.04663).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from gemma_xla.backend import Backend, Piece
+from gemma_xla.config import MeshSection
+from gemma_xla.errors import UserError
+from gemma_xla.model.attention import Mask
+from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
+
+
+def configure_environment(virtual_devices: int | None) -> None:
+    """Prepare the environment that torch_xla reads when it is first used; call this before it is imported.
+
+    Raises:
+        UserError: this process already runs another number of virtual devices.
+    """
+    # Below warnings: the compiler announces its own deprecations once for every graph.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if virtual_devices is None:
+        return
+    os.environ["PJRT_DEVICE"] = "CPU"
+    os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
+
+
+class XlaBackend(Backend):
+    """All devices of a TPU slice, or several simulated on a CPU, as one mesh."""
+
+    name = "xla"
+    attention = "reference"
+
+    def __init__(self, section: MeshSection) -> None:
+        configure_environment(section.virtual_devices)
+        global torch_xla, xm, xr, xs, met
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.debug.metrics as met
+        import torch_xla.distributed.spmd as xs
+        import torch_xla.runtime as xr
+
+        xr.use_spmd()
+        num_devices = xr.global_runtime_device_count()
+        if section.virtual_devices not in (None, num_devices):
+            raise UserError(
+                f"mesh.virtual_devices is {section.virtual_devices} but this process already runs {num_devices} "
+                "device(s); start it in a process of its own"
+            )
+        self.device = torch_xla.device()
+        self.mesh: MeshShape = resolve_mesh(section, num_devices)
+        shape = tuple(getattr(self.mesh, axis) for axis in AXES)
+        self._mesh = xs.Mesh(np.arange(num_devices), shape, AXES)
+        xs.set_global_mesh(self._mesh)
+        self.process_index = xr.process_index()
+        self.process_count = xr.process_count()
+
+    @property
+    def device_kind(self) -> str:
+        kind = xr.device_type()
+        if kind != "TPU":
+            return kind.lower()
+        return torch_xla.tpu.get_tpu_env()["ACCELERATOR_TYPE"]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float32 if xr.device_type() == "CPU" else torch.bfloat16
+
+    def place(self, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+        # The transfer waits for the annotation, so each device receives its part alone.
+        placed = tensor.to(self.device)
+        xs.mark_sharding(placed, self._mesh, spec)
+        return placed
+
+    def place_batch(self, batch: dict[str, torch.Tensor], spec: Spec) -> dict[str, torch.Tensor]:
+        # With several hosts each one holds only its own rows; with one host it holds them all.
+        sharding = xs.ShardingSpec(self._mesh, spec, minibatch=self.process_count > 1)
+        placed = xm.send_cpu_data_to_device(list(batch.values()), self.device, sharding)
+        return dict(zip(batch, placed, strict=True))
+
+    def zeros_like(self, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+        zeros = torch.zeros_like(tensor)
+        xs.mark_sharding(zeros, self._mesh, spec)
+        return zeros
+
+    def constrain(self, tensor: torch.Tensor, forward: Spec, backward: Spec) -> torch.Tensor:
+        return _Constrain.apply(tensor, repr(forward), repr(backward))
+
+    def remat(self, function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        from torch_xla.utils.checkpoint import checkpoint
+
+        return checkpoint(function, *args, preserve_rng_state=False)
+
+    def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
+        return _scan_layers(layers, h, cos, sin, segment_ids, remat)
+
+    def optimizer_options(self) -> dict[str, bool]:
+        # The step count lives on the device: bias correction is part of the graph, not a new constant in each step.
+        return {"capturable": True}
+
+    def scalar(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float32).to(self.device)
+
+    def flush(self) -> None:
+        torch_xla.sync()
+
+    def result(self, tensor: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
+        if xr.device_type() == "CPU":
+            # Steps run while they are handed over: there is nothing to overlap with, and a callback comes too late.
+            return super().result(tensor)
+        return result_when_ready(tensor)
+
+    def barrier(self, name: str) -> None:
+        if self.process_count > 1:
+            xm.rendezvous(name)
+
+    def pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        shards = torch_xla._XLAC._get_local_shards([tensor])[0]
+        places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
+        whole = tuple(slice(0, size) for size in tensor.shape)
+        found: dict[tuple, Piece] = {}
+        for (data, _), (replica, indices) in zip(shards, places, strict=True):
+            index = whole if indices is Ellipsis else tuple(slice(s.start, s.stop) for s in indices)
+            # Each replica but the first repeats what another device, perhaps of another host, has saved.
+            if replica == 0:
+                found[tuple((s.start, s.stop) for s in index)] = (index, data)
+        return list(found.values())
+
+    def compilations(self) -> int:
+        data = met.metric_data("CompileTime")
+        return data[0] if data else 0
+
+
+def result_when_ready(tensor: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
+    """`Backend.result` for devices that work while the host goes on."""
+    from torch_xla.experimental.callback import on_ready_callback
+
+    ready, at = threading.Event(), []
+
+    def note(_: torch.Tensor) -> None:
+        at.append(time.perf_counter())
+        ready.set()
+
+    on_ready_callback(tensor, note)
+
+    def wait() -> tuple[list[float], float]:
+        ready.wait()
+        return tensor.tolist(), at[0]
+
+    return wait
+
+
+@torch.library.custom_op("gemma_xla::constrain", mutates_args=())
+def _constrain(tensor: torch.Tensor, spec: str) -> torch.Tensor:
+    """A copy of ``tensor`` split as ``spec`` (the repr of a spec) says; an operator so that a scan can trace it."""
+    import ast
+
+    # `clone` would keep an annotation the tensor already has, which cannot be replaced.
+    copy = tensor * 1
+    torch_xla._XLAC._xla_mark_sharding(copy, xs.get_global_mesh().get_op_sharding(ast.literal_eval(spec)))
+    return copy
+
+
+@_constrain.register_fake
+def _(tensor: torch.Tensor, spec: str) -> torch.Tensor:
+    return torch.empty_like(tensor)
+
+
+class _Constrain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, forward, backward):
+        ctx.backward_spec = backward
+        return _constrain(tensor, forward)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _constrain(grad, ctx.backward_spec), None, None
+
+
+def _scan_layers(layers: nn.ModuleList, h, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
+    """One traced layer inside XLA's `While`, fed with the stacked parameters of all layers."""
+    import torch._functorch.config as functorch_config
+    import torch_xla.experimental.scan as scan_module
+    from functorch.compile import default_partition, min_cut_rematerialization_partition
+
+    # It would import jax and flax only to give gradients the sharding of parameters, which `constrain` already does.
+    scan_module.shard_as = lambda a, b: (a, b)
+    template = layers[0]
+    names = [name for name, _ in template.named_parameters()]
+    per_layer = [dict(layer.named_parameters()) for layer in layers]
+    stacked = tuple(torch.stack([parameters[name] for parameters in per_layer]) for name in names)
+
+    def one_layer(carry, weights):
+        h, cos, sin, *segments = carry
+        args = (h, cos, sin, Mask(*segments))
+        h = torch.func.functional_call(template, dict(zip(names, weights, strict=True)), args)
+        return (h, cos.clone(), sin.clone(), *(s.clone() for s in segments)), None
+
+    # What is carried must be able to have a gradient; a float32 holds every segment id exactly.
+    segments = () if segment_ids is None else (segment_ids.float(),)
+    partition = min_cut_rematerialization_partition if remat else default_partition
+    # A budget of zero: nothing but the layer's inputs is kept for the backward pass.
+    with functorch_config.patch(activation_memory_budget=0.0 if remat else 1.0):
+        (h, *_), _ = scan_module.scan(one_layer, (h, cos, sin, *segments), stacked, partition_fn=partition)
+    return h

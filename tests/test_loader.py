@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import gc
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import datasets
+import pytest
+import torch
+
+from gemma_xla.config import DataSection
+from gemma_xla.data.documents import Corpus
+from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states, prefetch
+from gemma_xla.data.tokenizer import train_tokenizer
+from gemma_xla.errors import UserError
+
+ROWS = 4
+SEQ_LEN = 32
+WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf-cache")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    gc.collect()
+    assert not workers()
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def make_texts(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [f"{seed}-{i} " + " ".join(draw.choices(WORDS, k=draw.choice([3, 10, 80]))) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count, seed in (("many", 60, 1), ("few", 10, 2), ("one", 1, 3)):
+        lines = [json.dumps({"text": text}) for text in make_texts(count, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(make_texts(60, 1), 540, tmp_path_factory.mktemp("tokenizer") / "t")
+
+
+@pytest.fixture(params=["map", "stream", "mixed"])
+def config(request, folder) -> DataSection:
+    many, few = {"path": f"{folder}/many.jsonl"}, {"path": f"{folder}/few.jsonl", "weight": 0.3}
+    train = {
+        "map": [many],
+        "stream": [{**many, "streaming": True}],
+        "mixed": [many, {**few, "streaming": True}],
+    }[request.param]
+    return DataSection(train=train, eval_fraction=0.2, seq_len=SEQ_LEN, prefetch=3)
+
+
+def train_loader(config: DataSection, tokenizer, rows: range = range(ROWS), seed: int = 0) -> TrainLoader:
+    return TrainLoader(Corpus(config, seed=seed), tokenizer, num_rows=ROWS, rows=rows)
+
+
+def hosts(count: int) -> list[range]:
+    share = ROWS // count
+    return [range(host * share, (host + 1) * share) for host in range(count)]
+
+
+def take(loaders: list[TrainLoader], count: int) -> list[dict[str, torch.Tensor]]:
+    """The next global batches, put together from those of each host."""
+    batches = []
+    for _ in range(count):
+        parts = [next(loader) for loader in loaders]
+        batches.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return batches
+
+
+def assert_equal(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor]]) -> None:
+    assert len(left) == len(right)
+    for ours, theirs in zip(left, right, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def documents_in(batches: Iterator[dict[str, torch.Tensor]], tokenizer) -> list[str]:
+    """Texts of the documents of rows that follow each other, told apart by their last token."""
+    texts, tokens = [], []
+    for batch in batches:
+        for token in batch["shift_labels"].flatten().tolist():
+            if token == tokenizer.eos_token_id:
+                texts.append(tokenizer.decode(tokens))
+                tokens = []
+            elif token != -100:
+                tokens.append(token)
+    assert not tokens
+    return texts
+
+
+class TestTraining:
+    def test_shape_and_no_padding(self, config, tokenizer):
+        with train_loader(config, tokenizer) as loader:
+            for batch in islice(loader, 20):
+                assert {value.shape for value in batch.values()} == {(ROWS, SEQ_LEN)}
+                assert (batch["segment_ids"] > 0).all()
+                assert (batch["shift_labels"] >= 0).all()
+            assert loader.stats()["tokens"] == 20 * ROWS * SEQ_LEN
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_batches_do_not_depend_on_the_number_of_hosts(self, config, tokenizer, count):
+        with train_loader(config, tokenizer) as one:
+            expected = take([one], 60)
+            documents = one.stats()["documents"]
+        many = [train_loader(config, tokenizer, rows) for rows in hosts(count)]
+        assert_equal(take(many, 60), expected)
+        assert sum(loader.stats()["documents"] for loader in many) == documents > 70
+        for loader in many:
+            loader.close()
+
+    @pytest.mark.parametrize("before, after", [(1, 1), (1, 4), (4, 2)])
+    def test_resume_is_exact(self, config, tokenizer, before, after):
+        with train_loader(config, tokenizer) as loader:
+            expected = take([loader], 50)[37:]
+        interrupted = [train_loader(config, tokenizer, rows) for rows in hosts(before)]
+        take(interrupted, 37)
+        state = json.loads(json.dumps(merge_states(loader.state_dict() for loader in interrupted)))
+        assert any(lane["offset"] for lane in state["lanes"].values()), "no document is in progress"
+        for loader in interrupted:
+            loader.close()
+        resumed = [train_loader(config, tokenizer, rows) for rows in hosts(after)]
+        for loader in resumed:
+            loader.load_state_dict(state)
+        assert_equal(take(resumed, 13), expected)
+        assert merge_states(loader.state_dict() for loader in resumed)["batches"] == 50
+        for loader in resumed:
+            loader.close()
+
+    def test_going_back_and_pausing(self, config, tokenizer):
+        with train_loader(config, tokenizer) as loader:
+            start = loader.state_dict()
+            expected = take([loader], 12)
+            loader.load_state_dict(start)
+            first = take([loader], 5)
+            loader.close()
+            assert_equal(first + take([loader], 7), expected)
+
+    def test_seed_decides(self, config, tokenizer):
+        with (
+            train_loader(config, tokenizer) as a,
+            train_loader(config, tokenizer) as b,
+            train_loader(config, tokenizer, seed=1) as c,
+        ):
+            first = take([a], 5)
+            assert_equal(first, take([b], 5))
+            assert not torch.equal(first[0]["input_ids"], next(c)["input_ids"])
+
+    def test_a_stream_in_order_gives_the_batches_of_its_file(self, folder, tokenizer):
+        batches = []
+        for streaming in (False, True):
+            source = {"path": f"{folder}/many.jsonl", "streaming": streaming}
+            config = DataSection(train=[source], eval_fraction=0.0, seq_len=SEQ_LEN, shuffle=False)
+            with train_loader(config, tokenizer) as loader:
+                batches.append(take([loader], 80))
+                assert loader.stats()["documents"] > 120  # more than two epochs
+        assert_equal(*batches)
+
+    def test_rows_of_a_single_document_differ(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/one.jsonl", eval_fraction=0.0, seq_len=8)
+        with train_loader(config, tokenizer) as loader:
+            assert len({tuple(row) for row in next(loader)["input_ids"].tolist()}) == ROWS
+
+    def test_describe_names_the_documents_of_the_last_batch(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/many.jsonl", eval_fraction=0.0, seq_len=2, shuffle=False)
+        with train_loader(config, tokenizer, range(2, 4)) as loader:
+            assert loader.describe() == ""
+            next(loader)
+            assert loader.describe() == "row 2: data.train[0] document 2\nrow 3: data.train[0] document 3"
+
+
+class TestEvaluation:
+    def test_train_and_eval_share_out_the_documents(self, config, tokenizer, folder):
+        corpus = Corpus(config, seed=0)
+        loader = EvalLoader(corpus, tokenizer, num_rows=ROWS, rows=range(ROWS))
+        held_out = documents_in(loader, tokenizer)
+        everything = {json.loads(line)["text"] for line in (folder / "many.jsonl").open()}
+        if len(config.train) == 2:
+            everything |= {json.loads(line)["text"] for line in (folder / "few.jsonl").open()}
+        trained = list(corpus.texts())
+        assert sorted([*trained, *held_out]) == sorted(everything)
+        assert 2 <= len(held_out) <= 30
+
+        # What the lanes train on, over several epochs, is exactly what is not held out.
+        trained_on = set()
+        for row in range(ROWS):
+            with train_loader(config, tokenizer, range(row, row + 1)) as lane:
+                labels = torch.cat([next(lane)["shift_labels"].flatten() for _ in range(150)]).tolist()
+            end = len(labels) - labels[::-1].index(tokenizer.eos_token_id)
+            trained_on |= set(documents_in([{"shift_labels": torch.tensor(labels[:end])}], tokenizer))
+        assert trained_on == set(trained)
+
+    def test_every_document_once_in_order(self, folder, tokenizer):
+        config = DataSection(
+            train=f"{folder}/one.jsonl", eval=[f"{folder}/few.jsonl", f"{folder}/one.jsonl"], seq_len=16
+        )
+        loader = EvalLoader(Corpus(config, seed=0), tokenizer, num_rows=ROWS, rows=range(ROWS))
+        expected = make_texts(10, 2) + make_texts(1, 3)
+        assert documents_in(loader, tokenizer) == expected
+        # Again, from the start.
+        assert documents_in(loader, tokenizer) == expected
+        pairs = sum(len(tokenizer(text)["input_ids"]) for text in expected)  # bos, but no eos: as many as pairs
+        positions = -(-pairs // (16 * ROWS)) * 16 * ROWS
+        assert loader.stats() == {"tokens": pairs, "padding": pytest.approx(1 - pairs / positions)}
+
+    def test_hosts_see_equally_many_batches_of_one_shape(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/one.jsonl", eval=f"{folder}/one.jsonl", seq_len=8)
+        corpus = Corpus(config, seed=0)
+        whole = list(EvalLoader(corpus, tokenizer, num_rows=8, rows=range(8)))
+        parts = [list(EvalLoader(corpus, tokenizer, num_rows=8, rows=range(row, row + 2))) for row in (0, 2, 4, 6)]
+        joined = [
+            {name: torch.cat([part[name] for part in each]) for name in each[0]} for each in zip(*parts, strict=True)
+        ]
+        assert_equal(joined, whole)
+        assert all(batch["input_ids"].shape == (8, 8) for batch in whole)
+        # A short text leaves whole rows empty.
+        assert (whole[-1]["segment_ids"] == 0).all(dim=1).any()
+
+    def test_nothing_held_out_on_request(self, folder):
+        config = DataSection(train=f"{folder}/few.jsonl", eval_fraction=0.0)
+        corpus = Corpus(config, seed=0)
+        assert not corpus.has_eval
+        assert sorted(corpus.texts()) == sorted(make_texts(10, 2))
+
+    def test_a_small_fraction_holds_out_one_and_a_large_one_leaves_one(self, folder, tokenizer):
+        for fraction, count in ((1e-9, 1), (1 - 1e-9, 9)):
+            corpus = Corpus(DataSection(train=f"{folder}/few.jsonl", eval_fraction=fraction, seq_len=8), seed=0)
+            loader = EvalLoader(corpus, tokenizer, num_rows=2, rows=range(2))
+            assert len(documents_in(loader, tokenizer)) == count
+            assert len(list(corpus.texts())) == 10 - count
+
+
+class TestMistakes:
+    def test_nothing_to_hold_out(self, folder):
+        with pytest.raises(UserError, match="data.eval_fraction is 0.01, but data.train is a single document"):
+            Corpus(DataSection(train=f"{folder}/one.jsonl"), seed=0)
+
+    def test_stream_without_held_out_documents(self, folder, tokenizer):
+        source = {"path": f"{folder}/few.jsonl", "streaming": True}
+        corpus = Corpus(DataSection(train=[source], eval_fraction=1e-9, seq_len=8), seed=0)
+        with pytest.raises(UserError, match="no document was held out"):
+            list(EvalLoader(corpus, tokenizer, num_rows=2, rows=range(2)))
+
+    def test_stream_without_training_documents(self, folder, tokenizer):
+        source = {"path": f"{folder}/few.jsonl", "streaming": True}
+        loader = train_loader(DataSection(train=[source], eval_fraction=1 - 1e-9, seq_len=8), tokenizer)
+        for _ in range(2):  # the second time, too: an ended iteration would look like an ended epoch
+            with pytest.raises(UserError, match="no document is left to train on"):
+                next(loader)
+
+    def test_source_is_named(self, folder):
+        config = DataSection(train=[f"{folder}/few.jsonl", f"{folder}/nothing.jsonl"])
+        with pytest.raises(UserError, match=r"^data.train\[1\].path: "):
+            Corpus(config, seed=0)
+        config = DataSection(train=f"{folder}/few.jsonl", eval=f"{folder}/nothing.jsonl")
+        with pytest.raises(UserError, match=r"^data.eval\[0\].path: "):
+            Corpus(config, seed=0)
+
+    def test_position_of_another_run(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)
+        state = train_loader(config, tokenizer, seed=1).state_dict()
+        with pytest.raises(UserError, match="has seed 1, but this run has 0"):
+            train_loader(config, tokenizer).load_state_dict(state)
+
+    def test_position_of_one_host_only(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)
+        state = train_loader(config, tokenizer, range(2)).state_dict()
+        with pytest.raises(UserError, match=r"lacks rows \[2, 3\]"):
+            train_loader(config, tokenizer).load_state_dict(state)
+
+
+class TestPrefetch:
+    def test_an_exception_comes_after_the_items_before_it(self):
+        def failing() -> Iterator[int]:
+            yield from (1, 2, 3)
+            raise RuntimeError("disk on fire")
+
+        items, seen = prefetch(failing(), 2), []
+        with pytest.raises(RuntimeError, match="disk on fire"):
+            for item in items:
+                seen.append(item)
+        assert seen == [1, 2, 3]
+        assert not workers()
+
+    def test_it_works_ahead_but_not_without_bound(self):
+        made = []
+        items = prefetch((made.append(i) or i for i in range(100)), 3)
+        assert next(items) == 0
+        deadline = time.monotonic() + 10
+        # One delivered, three ready, one waiting for room.
+        while len(made) < 5 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert made == [0, 1, 2, 3, 4]
+        items.close()
+        assert not workers()
+
+    def test_failure_inside_a_loader_reaches_the_consumer_and_leaves_the_position(self, folder, tokenizer, monkeypatch):
+        config = DataSection(train=f"{folder}/few.jsonl", seq_len=8, prefetch=1)
+        with train_loader(config, tokenizer) as loader, train_loader(config, tokenizer) as reference:
+            take([loader], 3)
+            with monkeypatch.context() as patch:
+                patch.setattr("gemma_xla.data.loader.pack", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    take([loader], 5)
+            done = loader.state_dict()["batches"]
+            assert done < 8
+            expected = take([reference], done + 2)[done:]
+            assert_equal(take([loader], 2), expected)
+
+    def test_threads_end(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)
+        loader = train_loader(config, tokenizer)
+        next(loader)
+        assert len(workers()) == 1
+        loader.close()
+        assert not workers()
+        # Forgotten loaders, and evaluations that stop early.
+        next(loader)
+        del loader
+        gc.collect()
+        assert not workers()
+        batches = iter(EvalLoader(Corpus(config, seed=0), tokenizer, num_rows=1, rows=range(1)))
+        next(batches)
+        assert len(workers()) == 1
+        del batches
+        gc.collect()
+        assert not workers()

@@ -1,0 +1,106 @@
+"""Runs training steps on synthetic batches, on any mesh or without torch_xla, and reports what happened as JSON.
+
+torch_xla fixes its devices once per process, so tests call this in a process of its own: `run_in_process(spec)`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from gemma_xla.backend import open_backend
+from gemma_xla.config import MeshSection, OptimizerSection, TrainSection
+from gemma_xla.model.config import GemmaConfig, preset
+from gemma_xla.model.gemma import init_parameter
+from gemma_xla.train.build import build_model
+from gemma_xla.train.optimizer import MOMENTS, build_optimizer
+from gemma_xla.train.parallelize import parallelize
+from gemma_xla.train.step import Batch, TrainStep
+
+DEFAULTS: dict[str, Any] = {
+    "devices": 0,
+    "mesh": [1, 1, 1],
+    "layers": "loop",
+    "remat": "none",
+    "grad_accum": 1,
+    "steps": 4,
+    "clip_norm": 1.0,
+    "dtype": "float32",
+    "model": {"initializer_range": 0.1},
+    "sizes": None,
+}
+
+
+def batch(step: int, config: GemmaConfig, rows: int = 8, length: int = 32) -> Batch:
+    """Packed rows of two documents and some padding, of which some rows have much."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, config.vocab_size, (rows, length + 1), generator=generator)
+    segment_ids = torch.ones(rows, length, dtype=torch.int32)
+    position_ids = torch.arange(length, dtype=torch.int32).repeat(rows, 1)
+    segment_ids[:, 10:] = 2
+    position_ids[:, 10:] -= 10
+    padded = torch.arange(length) >= torch.linspace(length - 1, 12, rows)[:, None]
+    segment_ids[padded], position_ids[padded] = 0, 0
+    return {
+        "input_ids": tokens[:, :-1].to(torch.int32),
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+        "shift_labels": torch.where(padded, -100, tokens[:, 1:]),
+    }
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """Take ``spec["steps"]`` steps; see `DEFAULTS` for what a spec may say."""
+    spec = DEFAULTS | spec
+    config = preset("gemma-test").replace(**spec["model"])
+    data, fsdp, tensor = spec["mesh"]
+    section = MeshSection(data=data, fsdp=fsdp, tensor=tensor, virtual_devices=spec["devices"] or None)
+    backend = open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
+    model, specs = build_model(config, backend, lambda n, v: init_parameter(n, v, config, 0), backend.attention)
+    train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"])
+    optimizer = build_optimizer(model, specs, backend, OptimizerSection())
+    parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
+    step = TrainStep(model, optimizer, backend, clip_norm=spec["clip_norm"], loss_chunk=16)
+    backend.flush()
+    results, compiled = [], [backend.compilations()]
+    for number in range(spec["steps"]):
+        rows, length = (spec["sizes"] or [[8, 32]] * spec["steps"])[number]
+        whole = batch(number, config, rows, length)
+        parts = {key: value.chunk(spec["grad_accum"]) for key, value in whole.items()}
+        micro_batches = [{key: part[i] for key, part in parts.items()} for i in range(spec["grad_accum"])]
+        results.append(step(micro_batches, 1e-2 * (number + 1)).tolist())
+        compiled.append(backend.compilations())
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    moments = [optimizer.state[weight][name] for name in MOMENTS]
+    return {
+        "losses": [r[0] for r in results],
+        "grad_norms": [r[1] for r in results],
+        "tokens": [r[2] for r in results],
+        "compilations": [b - a for a, b in zip(compiled[:-1], compiled[1:], strict=True)],
+        "parts": [[list(values.shape) for _, values in backend.pieces(t)] for t in (weight, *moments)],
+        "weights": {n: _whole(backend, p).norm().item() for n, p in model.named_parameters()},
+    }
+
+
+def _whole(backend: Any, tensor: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(tensor.shape)
+    for index, values in backend.pieces(tensor):
+        out[index] = values
+    return out
+
+
+def run_in_process(spec: dict[str, Any]) -> dict[str, Any]:
+    """`run` in a new process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.worker", json.dumps(spec)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(json.loads(sys.argv[1]))))
