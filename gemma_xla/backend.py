@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -94,8 +95,12 @@ class Backend:
 
         return wait
 
-    def barrier(self, name: str) -> None:
+    def barrier(self) -> None:
         """Wait until every host has come here."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every host's ``value``, in the order of hosts."""
+        return [value]
 
     def pieces(self, tensor: torch.Tensor) -> list[Piece]:
         """The parts of a tensor that this host must save, on the CPU; parts held twice are listed once."""
@@ -104,18 +109,3 @@ class Backend:
     def compilations(self) -> int:
         """Graphs compiled so far by this process."""
         return 0
-
-
-def open_backend(mesh_section, *, use_xla: bool, device: torch.device | None = None) -> Backend:
-    """Return the backend of this machine.
-
-    Args:
-        mesh_section: the config's ``mesh``.
-        use_xla: whether to run through PyTorch/XLA.
-        device: the device of a run without it.
-    """
-    if use_xla:
-        from gemma_xla.xla import XlaBackend  # torch_xla is slow to import, and absent on a plain GPU machine
-
-        return XlaBackend(mesh_section)
-    return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))

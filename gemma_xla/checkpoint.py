@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gemma_xla.backend import Backend, Piece
@@ -43,14 +43,14 @@ def save(root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[st
     if backend.process_index == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    backend.barrier("checkpoint folder")
+    backend.barrier()
     _write_parts(temporary / f"tensors-{backend.process_index:05d}", tensors, backend)
-    backend.barrier("checkpoint written")
+    backend.barrier()
     if backend.process_index == 0:
         _write_text(temporary / "state.json", json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    backend.barrier("checkpoint complete")
+    backend.barrier()
     return final
 
 
@@ -67,10 +67,7 @@ def complete(root: Path) -> list[Path]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder}: state.json cannot be read ({error}); use an older checkpoint") from error
+    return _read_json(folder / "state.json")
 
 
 class CheckpointReader:
@@ -91,7 +88,7 @@ class CheckpointReader:
         if not files:
             raise UserError(f"checkpoint {folder}: it holds no tensors-*.json; give the folder of a checkpoint")
         for file in files:
-            for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
+            for name, entry in _read_json(file).items():
                 if name.startswith(prefix):
                     known = self._tensors.setdefault(name.removeprefix(prefix), {**entry, "parts": []})
                     known["parts"] += [(file.with_suffix(".safetensors"), part) for part in entry["parts"]]
@@ -106,12 +103,12 @@ class CheckpointReader:
         return getattr(torch, self._tensors[name]["dtype"])
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Return a tensor, or the part of it at ``index``, on the CPU.
+        """Return a tensor, or the part of it at ``index`` (slices of step 1), on the CPU.
 
         Raises:
-            UserError: the parts do not cover what was asked for.
+            UserError: a file cannot be read, or the parts do not cover what was asked for.
         """
-        index = index or tuple(slice(0, size) for size in self.shape(name))
+        index = _bounded(index or (), self.shape(name))
         out = torch.empty([s.stop - s.start for s in index], dtype=self.dtype(name))
         filled = 0
         for file, part in self._tensors[name]["parts"]:
@@ -128,13 +125,36 @@ class CheckpointReader:
         return out
 
 
+def _bounded(index: Index, shape: tuple[int, ...]) -> Index:
+    """A slice with a start and a stop for each dimension; those left out are whole."""
+    index += (slice(None),) * (len(shape) - len(index))
+    bounds = [entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True)]
+    return tuple(slice(start, max(start, stop)) for start, stop in bounds)
+
+
 def _between(low: list[int], high: list[int], origin: list[int]) -> Index:
     return tuple(slice(lo - at, hi - at) for lo, hi, at in zip(low, high, origin, strict=True))
 
 
 def _read_part(file: Path, key: str, index: Index) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_slice(key)[index] if index else opened.get_tensor(key)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_slice(key)[index] if index else opened.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint {file.parent}: {file.name} cannot be read ({error}); delete this folder to use an older one"
+    )
 
 
 def open_run(folder: Path) -> tuple[CheckpointReader, GemmaConfig, dict[str, Any]]:

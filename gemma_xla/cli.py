@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gemma_xla.config import RunConfig, load_config
+from gemma_xla.config import RunConfig
+from gemma_xla.config_file import load_config
 from gemma_xla.errors import UserError
+from gemma_xla.xla import configure_environment
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +35,13 @@ def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] |
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    _guarded(lambda: run(load_config(args.config, args.set)), args.debug)
+
+    def start() -> None:
+        config = load_config(args.config, args.set)
+        configure_environment(config.mesh.virtual_devices)
+        run(config)
+
+    _guarded(start, args.debug)
 
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:

@@ -1,14 +1,10 @@
-"""A run is one small, strict file: the schema, and how a file and command-line overrides become a `RunConfig`."""
+"""A run is one small, strict file. This is its schema; `gemma_xla.config_file` reads it."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gemma_xla.errors import UserError
 
@@ -18,9 +14,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys and wrong types are errors, and nothing changes once it is read."""
+    """A part of the config: unknown keys, wrong types and NaN are errors, and nothing changes once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -133,7 +129,8 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_batch_size(self) -> TrainSection:
         if (self.batch_size is None) == (self.batch_size_per_device is None):
-            raise ValueError("give exactly one of batch_size and batch_size_per_device")
+            given = f"are {self.batch_size} and {self.batch_size_per_device}" if self.batch_size else "are both missing"
+            raise ValueError(f"batch_size and batch_size_per_device {given}; give exactly one of them")
         return self
 
     def micro_batch_rows(self, batch_shards: int) -> int:
@@ -211,97 +208,3 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
     log: LogSection = LogSection()
     hardware: HardwareSection = HardwareSection()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML reads ``1e-3`` as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
-    """Read a run's YAML file and apply overrides such as ``train.steps=10``.
-
-    Raises:
-        UserError: the file is missing or not YAML, a key is unknown, or a value is impossible.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from error
-    tree = _parse(text, f"config {path}")
-    if not isinstance(tree, dict):
-        raise UserError(f"config {path}: it must hold `key: value` lines, such as those in recipes/configs")
-    for override in overrides:
-        _override(tree, override)
-    return validate(tree, str(path))
-
-
-def validate(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Turn nested plain values into a `RunConfig`; ``origin`` is named in errors."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(f"config {origin}: {_explain(e)}" for e in error.errors())) from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """Return the resolved config as YAML; `load_config` reads it back to an equal value."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override!r}: write it as key=value, such as train.steps=10")
-    *parents, last = key.split(".")
-    node = tree
-    for part in parents:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {part!r} is a single value and has no fields")
-    node[last] = _parse(value, f"--set {key}")
-
-
-def _explain(error: dict[str, Any]) -> str:
-    """One line: the field, the value, the way out."""
-    # Lists show up as numbers in the location, unions and validators as names that no field has.
-    field = ".".join(str(part) for part in error["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        *parents, name = field.split(".")
-        section = _section(parents)
-        valid = list(section.model_fields) if section else []
-        close = difflib.get_close_matches(name, valid, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(valid)}"
-        return f"unknown key {field!r}; {hint}"
-    if kind == "missing":
-        return f"{field} is missing; add it"
-    return f"{field} is {value!r}; {error['msg'].removeprefix('Input ').removeprefix('Value error, ')}"
-
-
-def _section(parts: list[str]) -> type[Section] | None:
-    """The section that a dotted path of field names leads to."""
-    node: Any = RunConfig
-    for part in parts:
-        if part.isdigit():
-            continue
-        node = node.model_fields[part].annotation
-        if not (isinstance(node, type) and issubclass(node, Section)):
-            node = SourceSection
-    return node

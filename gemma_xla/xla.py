@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,19 @@ def configure_environment(virtual_devices: int | None) -> None:
         return
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
+
+
+def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | None = None) -> Backend:
+    """Return the backend of this machine.
+
+    Args:
+        section: the config's ``mesh``.
+        use_xla: whether to run through PyTorch/XLA.
+        device: the device of a run without it; None: the GPU if there is one.
+    """
+    if use_xla:
+        return XlaBackend(section)
+    return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class XlaBackend(Backend):
@@ -65,6 +79,10 @@ class XlaBackend(Backend):
         xs.set_global_mesh(self._mesh)
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
+        if self.process_count > 1:
+            import torch_xla.distributed.xla_backend  # noqa: F401 (registers the address "xla://")
+
+            torch.distributed.init_process_group("gloo", init_method="xla://")
 
     @property
     def device_kind(self) -> str:
@@ -110,7 +128,8 @@ class XlaBackend(Backend):
         return {"capturable": True}
 
     def scalar(self, value: float) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.float32).to(self.device)
+        # Placed like any tensor: a bare 0 or 1 would become a constant, and its graph another.
+        return self.place(torch.tensor(value, dtype=torch.float32), ())
 
     def flush(self) -> None:
         torch_xla.sync()
@@ -121,9 +140,16 @@ class XlaBackend(Backend):
             return super().result(tensor)
         return result_when_ready(tensor)
 
-    def barrier(self, name: str) -> None:
+    def barrier(self) -> None:
         if self.process_count > 1:
-            xm.rendezvous(name)
+            torch.distributed.barrier()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        if self.process_count == 1:
+            return [value]
+        values = [None] * self.process_count
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def pieces(self, tensor: torch.Tensor) -> list[Piece]:
         shards = torch_xla._XLAC._get_local_shards([tensor])[0]

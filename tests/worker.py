@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from gemma_xla.backend import open_backend
 from gemma_xla.config import MeshSection, OptimizerSection, TrainSection
 from gemma_xla.model.config import GemmaConfig, preset
 from gemma_xla.model.gemma import init_parameter
@@ -20,6 +19,7 @@ from gemma_xla.train.build import build_model
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import Batch, TrainStep
+from gemma_xla.xla import open_backend
 
 DEFAULTS: dict[str, Any] = {
     "devices": 0,
@@ -38,7 +38,8 @@ DEFAULTS: dict[str, Any] = {
 def batch(step: int, config: GemmaConfig, rows: int = 8, length: int = 32) -> Batch:
     """Packed rows of two documents and some padding, of which some rows have much."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, config.vocab_size, (rows, length + 1), generator=generator)
+    # Not 0: transformers gives padding no gradient.
+    tokens = torch.randint(1, config.vocab_size, (rows, length + 1), generator=generator)
     segment_ids = torch.ones(rows, length, dtype=torch.int32)
     position_ids = torch.arange(length, dtype=torch.int32).repeat(rows, 1)
     segment_ids[:, 10:] = 2

@@ -47,10 +47,11 @@ def stream(model: Gemma, tokenizer: Any, prompt: str, **options: Any) -> Iterato
     done, text = len(ids), ""
     for (token,) in generate_steps(model, [ids], **options):
         if token is None:
-            return
+            break
         ids.append(token)
         # A token may hold half a character, and how a token reads depends on those before it: decode all of them.
         now = tokenizer.decode(ids[done:], skip_special_tokens=True)
         if not now.endswith("\ufffd"):
             yield now[len(text) :]
             text = now
+    yield tokenizer.decode(ids[done:], skip_special_tokens=True)[len(text) :]

@@ -26,7 +26,7 @@ class Mask:
         """
         self.segment_ids_BS = segment_ids_BS
         self.q_index_T = q_index_T
-        self._dense: dict[int | None, torch.Tensor] = {}
+        self._dense: dict[tuple[int, int | None], torch.Tensor] = {}
 
     @property
     def is_plain_causal(self) -> bool:
@@ -34,9 +34,9 @@ class Mask:
 
     def dense(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
         """The mask as booleans, True where visible: ``[B, 1, T, S]``, or ``[1, 1, T, S]`` without segments."""
-        if window not in self._dense:
-            self._dense[window] = self._build(num_keys, window, device)
-        return self._dense[window]
+        if (num_keys, window) not in self._dense:
+            self._dense[num_keys, window] = self._build(num_keys, window, device)
+        return self._dense[num_keys, window]
 
     def _build(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
         k_index_S = torch.arange(num_keys, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class GemmaConfig:
 
     Raises:
         UserError: a size is not positive, ``head_dim`` is odd (rotary embeddings turn pairs), or the query heads
-            cannot be shared out evenly among the key/value heads.
+            cannot be shared out evenly among the key/value heads; a value is of another type.
     """
 
     vocab_size: int = 256000
@@ -40,10 +41,15 @@ class GemmaConfig:
     bos_token_id: int = 2
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise UserError(f"model: {name} is {value}; it must be greater than 0")
+        for name in _TOKEN_IDS:
+            value = getattr(self, name)
+            if not 0 <= value < self.vocab_size:
+                raise UserError(f"model: {name} is {value}; it must be a token id below vocab_size ({self.vocab_size})")
         if self.head_dim % 2:
             raise UserError(f"model: head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -54,6 +60,17 @@ class GemmaConfig:
         if self.layer_types is not None:
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
             self._check_layer_types(self.layer_types)
+
+    def _check_types(self) -> None:
+        for name in (*_POSITIVE, *_TOKEN_IDS, "sliding_window"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value is None and default is None:
+                continue
+            kinds = (int, float) if isinstance(default, float) else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise UserError(f"model: {name} is {value!r}; it must be of type {kinds[-1].__name__}")
+        if self.layer_types is not None and not isinstance(self.layer_types, (list, tuple)):
+            raise UserError(f"model: layer_types is {self.layer_types!r}; it must be a list, one entry for each layer")
 
     def _check_layer_types(self, layer_types: tuple[str, ...]) -> None:
         if len(layer_types) != self.num_hidden_layers:
@@ -78,16 +95,12 @@ class GemmaConfig:
         """Return a copy with the given fields changed.
 
         Raises:
-            UserError: a name is not a field, or its value is of another type.
+            UserError: a name is not a field, or its value is impossible.
         """
-        fields = {f.name: f for f in dataclasses.fields(self)}
-        for name, value in overrides.items():
+        fields = [field.name for field in dataclasses.fields(self)]
+        for name in overrides:
             if name not in fields:
                 raise UserError(f"model: unknown field {name!r}{nearest(name, fields)}")
-            if name in _POSITIVE:
-                kind = float if isinstance(fields[name].default, float) else int
-                if isinstance(value, bool) or not isinstance(value, (int, kind)):
-                    raise UserError(f"model: {name} is {value!r}; it must be of type {kind.__name__}")
         return dataclasses.replace(self, **overrides)
 
 
@@ -104,6 +117,7 @@ _POSITIVE = (
     "rope_theta",
     "initializer_range",
 )
+_TOKEN_IDS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
 PRESETS: dict[str, GemmaConfig] = {
     # Gemma: Open Models Based on Gemini Research and Technology, arXiv:2403.08295, table 1.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gemma_xla.checkpoint import open_run
-from gemma_xla.config import RunConfig, dump_config, validate
+from gemma_xla.config import RunConfig
+from gemma_xla.config_file import dump_config, validate
 from gemma_xla.hf import export, model_card
 from gemma_xla.train.metrics import plot, read_metrics, summary
 from gemma_xla.train.run import Run
@@ -53,7 +54,7 @@ def export_run(folder: Path, out: Path, **options: Any) -> Path:
     reader, model_config, state = open_run(folder)
     config = validate(state["config"], str(folder))
     card = model_card(
-        out.name,
+        folder.resolve().name,
         model_config,
         sources=_sources(config),
         metrics=_rounded(summary(read_metrics(folder / "metrics.jsonl"))),

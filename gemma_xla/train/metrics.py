@@ -102,10 +102,13 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics file, oldest first; none if it is absent."""
+    """The records of a metrics file, oldest first; none if it is absent.
+
+    A last line without its end, as a killed process may leave it, does not count.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def summary(records: list[dict[str, float]]) -> dict[str, float]:

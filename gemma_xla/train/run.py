@@ -22,15 +22,16 @@ from accelerate import Accelerator
 from accelerate.utils import is_torch_xla_available, set_seed
 
 from gemma_xla import checkpoint
-from gemma_xla.backend import open_backend
 from gemma_xla.chips import Chip, detect_gpu_chip, get_chip, measure_cpu_peak, topology
-from gemma_xla.config import RunConfig, dump_config
+from gemma_xla.config import RunConfig
+from gemma_xla.config_file import dump_config
 from gemma_xla.data.documents import Corpus
 from gemma_xla.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter
 from gemma_xla.hf import copy_tokenizer
 from gemma_xla.model.config import GemmaConfig, preset
+from gemma_xla.xla import open_backend
 
 _PACKAGES = ("gemma_xla", "torch", "torch_xla", "transformers", "datasets", "accelerate", "safetensors")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gemma_xla import checkpoint
-from gemma_xla.data.loader import EvalLoader, TrainLoader
+from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states
 from gemma_xla.errors import TrainingError, UserError
 from gemma_xla.model.gemma import init_parameter
 from gemma_xla.train.build import build_model
@@ -86,7 +86,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.meter.tokens,
             "seconds": self.meter.seconds,
-            "data": self.train_loader.state_dict(),
+            "data": merge_states(self.backend.gather_objects(self.train_loader.state_dict())),
         }
         checkpoint.save(self.run.checkpoints, self.step, self._tensors(), state, self.backend)
         if self.run.is_main:

@@ -1,0 +1,46 @@
+# Every target sets up .venv by itself when needed: once, or again after an interruption or a change of what is required.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help pretrain test test-xla test-slow lint clean
+help:
+	@echo "make pretrain   train a small Gemma on Python's standard library, on four simulated devices (about 6 minutes)"
+	@echo "make test       run the default tests (about 5 minutes)"
+	@echo "make test-xla   run the tests on several simulated devices"
+	@echo "make test-slow  run the tests of large shapes and whole runs"
+	@echo "make lint       check style"
+
+pretrain: $(READY)
+	$(BIN)/accelerate launch recipes/pretrain.py --config recipes/configs/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-xla: $(READY)
+	$(BIN)/python -m pytest -m xla
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# .venv/.begun marks an environment that this file made. One that was begun but never got ready is made anew: what an
+# interrupted installation left behind looks installed but is not. An environment made by somebody else is only added to.
+$(READY): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "error: $$($(PYTHON) --version) at '$(PYTHON)'; torch_xla 2.9 needs Python 3.11 to 3.13." \
+	       "Name one: make PYTHON=python3.11" >&2; exit 2; }
+	@if [ -e .venv/.begun ] && ! { [ -e $(READY) ] && $(BIN)/python -c ''; }; then \
+	  echo "Repairing .venv, whose installation was interrupted"; rm -rf .venv; fi
+	@if ! [ -x $(BIN)/python ]; then mkdir -p .venv && touch .venv/.begun && $(PYTHON) -m venv .venv || { \
+	  echo "error: no virtual environment could be made with '$(PYTHON)'; on Debian: apt install python3-venv" >&2; \
+	  rm -rf .venv; exit 2; }; fi
+	@echo "Installing into .venv: about 7 GB on disk, a few minutes"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

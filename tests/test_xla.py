@@ -1,0 +1,92 @@
+"""Training on several XLA devices: the same numbers as plain PyTorch, split as the table says, compiled once.
+
+Each case runs in a process of its own, on devices simulated on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+
+from tests.worker import run, run_in_process
+
+STEPS = 4
+
+
+@functools.cache
+def _plain() -> dict:
+    return run({"steps": STEPS})
+
+
+@functools.cache
+def _on_xla(spec: str) -> dict:
+    return run_in_process(json.loads(spec))
+
+
+def _check(spec: dict) -> dict:
+    result = _on_xla(json.dumps({"steps": STEPS} | spec))
+    expected = _plain()
+    assert result["tokens"] == expected["tokens"]
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5)
+    assert result["weights"] == pytest.approx(expected["weights"], rel=1e-3)
+    return result
+
+
+def test_four_devices_with_fsdp():
+    """The one case of the default suite: numbers, shards and compilations together."""
+    result = _check({"devices": 4, "mesh": [1, 4, 1]})
+    # The parameter and both moments lie in quarters: [96, 48] over 4 devices.
+    assert result["parts"] == [[[24, 48]] * 4] * 3
+    # One graph for the step, and it serves every step.
+    assert result["compilations"] == [1, 0, 0, 0]
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [(1, [1, 1, 1]), (2, [1, 2, 1]), (8, [1, 8, 1]), (8, [2, 2, 2]), (4, [4, 1, 1]), (4, [1, 1, 4]), (8, [2, 4, 1])],
+)
+def test_any_mesh_gives_the_same_numbers(devices, mesh):
+    result = _check({"devices": devices, "mesh": mesh})
+    data, fsdp, tensor = mesh
+    parts = [[[96 // (fsdp * tensor), 48]] * (fsdp * tensor)] * 3
+    assert result["parts"] == parts
+    assert result["compilations"] == [1, 0, 0, 0]
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("layers", ["loop", "scan"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scan_and_rematerialisation_give_the_same_numbers(layers, remat):
+    result = _check({"devices": 4, "mesh": [2, 2, 1], "layers": layers, "remat": remat})
+    assert result["compilations"] == [1, 0, 0, 0]
+
+
+@pytest.mark.xla
+def test_scan_on_a_mesh_with_a_tensor_axis():
+    _check({"devices": 8, "mesh": [2, 2, 2], "layers": "scan", "remat": "full"})
+
+
+@pytest.mark.xla
+def test_gradient_accumulation_compiles_three_graphs_once():
+    result = _check({"devices": 4, "mesh": [1, 4, 1], "grad_accum": 2})
+    assert result["compilations"] == [2, 0, 0, 0]
+
+
+@pytest.mark.xla
+def test_multi_query_heads_on_a_tensor_axis():
+    """One key/value head on two tensor devices: each keeps it whole."""
+    model = {"initializer_range": 0.1, "num_key_value_heads": 1}
+    expected = run({"steps": 2, "model": model})
+    result = run_in_process({"steps": 2, "model": model, "devices": 4, "mesh": [1, 2, 2]})
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+@pytest.mark.xla
+def test_another_shape_compiles_again():
+    """What the warning is for: the watch's counter does see it."""
+    spec = {"devices": 2, "mesh": [1, 2, 1], "steps": 3, "sizes": [[8, 32], [8, 16], [8, 32]]}
+    assert run_in_process(spec)["compilations"] == [1, 1, 0]
