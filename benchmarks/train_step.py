@@ -162,11 +162,15 @@ def take_turns(names: list[str], steps: int, devices: int) -> dict[str, list[Tur
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
     # Threads that wait by spinning would be charged for waiting.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # torch_xla announces a default where nothing is said.
+    os.environ["PJRT_DEVICE"] = "CPU"
     context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
+    pipes, processes = {}, []
     for name in names:
         pipes[name], far_end = context.Pipe()
-        context.Process(target=work, args=(name, devices, far_end), daemon=True).start()
+        processes.append(context.Process(target=work, args=(name, devices, far_end), daemon=True))
+        processes[-1].start()
+        # A process that dies then ends its pipe, and the parent does not wait for ever.
         far_end.close()
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     for number in range(steps):
@@ -176,6 +180,8 @@ def take_turns(names: list[str], steps: int, devices: int) -> dict[str, list[Tur
             print(f"\rstep {number + 1} of {steps}: {name:24}", end="", file=sys.stderr, flush=True)
     for pipe in pipes.values():
         pipe.send(None)
+    for process in processes:
+        process.join()
     print("\r", " " * 60, end="\r", file=sys.stderr)
     return turns
 
@@ -209,7 +215,7 @@ def report(summary: dict[str, dict]) -> None:
         )
     print("\nloss of step" + "".join(f"{name:>22}" for name in summary))
     for number, losses in enumerate(zip(*(row["losses"] for row in summary.values()), strict=True), start=1):
-        print(f"{number:12}" + "".join(f"{loss:22.6f}" for loss in losses))
+        print(f"{number:12}" + "".join(f"{loss:22.6f}" for loss in losses), flush=True)
 
 
 def equal_losses(summary: dict[str, dict]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    # No verb needs devices, and loading torch_xla takes seconds.
+    os.environ.setdefault("USE_TORCH_XLA", "0")
     _guarded(lambda: args.run(args), args.debug)
 
 

@@ -37,6 +37,8 @@ class SourceSection(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     # The column that holds the text (.jsonl, .parquet and hub data sets).
     column: str = "text"
+    # What of a text file is a document: all of it, what stands between blank lines, or a line.
+    sample_by: Literal["document", "paragraph", "line"] = "document"
     # For hub data sets: the split, the subset, and whether to read it without downloading it first.
     split: str = "train"
     subset: str | None = None

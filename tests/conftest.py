@@ -14,7 +14,6 @@ os.environ |= {
     "HF_HOME": _CACHE.name,
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "OMP_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",

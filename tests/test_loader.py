@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
 
-import datasets
 import pytest
 import torch
 
@@ -17,15 +15,10 @@ from gemma_xla.data.documents import Corpus
 from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states, prefetch
 from gemma_xla.data.tokenizer import train_tokenizer
 from gemma_xla.errors import UserError
+from tests.conftest import make_texts, write_jsonl
 
 ROWS = 4
 SEQ_LEN = 32
-WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf-cache")
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +32,11 @@ def workers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def make_texts(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [f"{seed}-{i} " + " ".join(draw.choices(WORDS, k=draw.choice([3, 10, 80]))) for i in range(count)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for name, count, seed in (("many", 60, 1), ("few", 10, 2), ("one", 1, 3)):
-        lines = [json.dumps({"text": text}) for text in make_texts(count, seed)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        write_jsonl(folder / f"{name}.jsonl", make_texts(count, seed))
     return folder
 
 
@@ -328,7 +315,8 @@ class TestPrefetch:
             assert_equal(take([loader], 2), expected)
 
     def test_threads_end(self, folder, tokenizer):
-        config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)
+        # Enough to evaluate on that the thread is not done by itself.
+        config = DataSection(train=f"{folder}/few.jsonl", eval=f"{folder}/many.jsonl", seq_len=8)
         loader = train_loader(config, tokenizer)
         next(loader)
         assert len(workers()) == 1

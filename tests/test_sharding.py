@@ -1,4 +1,4 @@
-"""The mesh and the partition-rule table: every parameter matches one rule, every rule is used, nothing is cut unevenly."""
+"""The mesh and the partition rules: each parameter matches one rule, each rule is used, nothing is cut unevenly."""
 
 import pytest
 import torch

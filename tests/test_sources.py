@@ -204,3 +204,13 @@ class TestMistakes:
         message = self.message("no-one/no-such-data", streaming=streaming)
         assert "'no-one/no-such-data'" in message
         assert "check the name, the network" in message
+
+
+def test_sample_by_decides_what_a_document_is(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one\ntwo\n\nthree\n")
+    counts = {
+        unit: open_source(SourceSection(path=str(path), sample_by=unit), "data.train[0]").num_documents
+        for unit in ("document", "paragraph", "line")
+    }
+    assert counts == {"document": 1, "paragraph": 2, "line": 4}

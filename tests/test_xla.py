@@ -38,8 +38,9 @@ def _check(spec: dict) -> dict:
 def test_four_devices_with_fsdp():
     """The one case of the default suite: numbers, shards and compilations together."""
     result = _check({"devices": 4, "mesh": [1, 4, 1]})
-    # The parameter and both moments lie in quarters: [96, 48] over 4 devices.
-    assert result["parts"] == [[[24, 48]] * 4] * 3
+    # The parameter, both moments and the gradient lie in quarters: [96, 48] over 4 devices. The gradient of what was
+    # used whole is scattered as it is reduced.
+    assert result["parts"] == [[[24, 48]] * 4] * 4
     # One graph for the step, and it serves every step.
     assert result["compilations"] == [1, 0, 0, 0]
 
@@ -52,7 +53,7 @@ def test_four_devices_with_fsdp():
 def test_any_mesh_gives_the_same_numbers(devices, mesh):
     result = _check({"devices": devices, "mesh": mesh})
     data, fsdp, tensor = mesh
-    parts = [[[96 // (fsdp * tensor), 48]] * (fsdp * tensor)] * 3
+    parts = [[[96 // (fsdp * tensor), 48]] * (fsdp * tensor)] * 4
     assert result["parts"] == parts
     assert result["compilations"] == [1, 0, 0, 0]
 

@@ -18,7 +18,7 @@ from gemma_xla.model.gemma import init_parameter
 from gemma_xla.train.build import build_model
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
 from gemma_xla.train.parallelize import parallelize
-from gemma_xla.train.step import Batch, TrainStep
+from gemma_xla.train.step import Batch, TrainStep, summed_loss
 from gemma_xla.xla import open_backend
 
 DEFAULTS: dict[str, Any] = {
@@ -75,6 +75,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         micro_batches = [{key: part[i] for key, part in parts.items()} for i in range(spec["grad_accum"])]
         results.append(step(micro_batches, 1e-2 * (number + 1)).tolist())
         compiled.append(backend.compilations())
+    summed_loss(model, batch(0, config), backend, 16)[0].backward()
+    backend.flush()
     weight = model.model.layers[0].mlp.gate_proj.weight
     moments = [optimizer.state[weight][name] for name in MOMENTS]
     return {
@@ -82,7 +84,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "grad_norms": [r[1] for r in results],
         "tokens": [r[2] for r in results],
         "compilations": [b - a for a, b in zip(compiled[:-1], compiled[1:], strict=True)],
-        "parts": [[list(values.shape) for _, values in backend.pieces(t)] for t in (weight, *moments)],
+        "parts": [[list(values.shape) for _, values in backend.pieces(t)] for t in (weight, *moments, weight.grad)],
         "weights": {n: _whole(backend, p).norm().item() for n, p in model.named_parameters()},
     }
 

@@ -130,7 +130,7 @@ def _open_local(section: SourceSection, field: str) -> tuple[Any, tuple[str, ...
         raise UserError(f"{field}: 'subset' and 'split' are for hub data sets, not for files; remove them")
     files = find_files(section.path, field)
     file_format = _format(files)
-    options = {"sample_by": "document"} if file_format == "text" else {}
+    options = {"sample_by": section.sample_by} if file_format == "text" else {}
     # `datasets` takes file names for patterns.
     names = [glob.escape(file) for file in files]
     with _explained(field, files), _quiet():

@@ -39,7 +39,7 @@ def finish(run: Run) -> None:
         if run.config.log.sample_prompt is not None:
             run.say("\n" + sample(made["model"], run.config.log.sample_prompt))
     run.say("\n" + "\n".join(f"{name:>12}: {value}" for name, value in _rounded(summary(records)).items()))
-    run.say("\n" + "\n".join(f"{name:>12}: {path}" for name, path in made.items()))
+    run.say("\n" + "\n".join(f"{name:>12}: {path}" for name, path in made.items() if path.exists()))
 
 
 def export_run(folder: Path, out: Path, **options: Any) -> Path:
