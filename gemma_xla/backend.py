@@ -12,7 +12,6 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from gemma_xla.errors import UserError
 from gemma_xla.sharding import MeshShape, Spec
 
 # A part of a tensor: where it lies in the whole, and its values on the CPU.
@@ -63,7 +62,7 @@ class Backend:
 
     def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
         """Apply equal layers in a loop that is compiled once."""
-        raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
+        raise NotImplementedError("scan_layers needs PyTorch/XLA")
 
     def optimizer_options(self) -> dict[str, bool]:
         """Arguments with which torch.optim works best here."""

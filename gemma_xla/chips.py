@@ -172,7 +172,7 @@ def get_chip(name: str) -> Chip:
         UserError: there is none of that name.
     """
     if name not in CHIPS:
-        raise UserError(f"chip: none is called {name!r}{nearest(name, CHIPS)}; there are {', '.join(CHIPS)}")
+        raise UserError(f"hardware.chip: none is called {name!r}{nearest(name, CHIPS)}; there are {', '.join(CHIPS)}")
     return CHIPS[name]
 
 

@@ -47,6 +47,8 @@ def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | 
     """
     if use_xla:
         return XlaBackend(section)
+    # One device does the work of all that are simulated; a mesh that asks for more than are there is a mistake here too.
+    resolve_mesh(section, section.virtual_devices or 1)
     return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

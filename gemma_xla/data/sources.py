@@ -172,7 +172,9 @@ def _explained(field: str, files: tuple[str, ...]) -> Iterator[None]:
     except (DatasetsError, OSError, ValueError, StopIteration) as error:
         cause = error.__cause__ or error
         if isinstance(cause, StopIteration):
-            raise UserError(f"{field}.path: there are no documents in {', '.join(files)}") from error
+            raise UserError(
+                f"{field}.path: there are no documents in {', '.join(files)}; name text that is not empty"
+            ) from error
         culprit = _undecodable(files) if isinstance(cause, UnicodeDecodeError) else None
         if culprit:
             raise UserError(f"{field}.path: {culprit} is not UTF-8 text; convert it or leave it out") from error
@@ -195,7 +197,7 @@ def _undecodable(files: tuple[str, ...]) -> str | None:
 
 def _check_row(row: dict[str, Any] | None, column: str, path: str, field: str) -> None:
     if row is None:
-        raise UserError(f"{field}.path: there are no documents in {path!r}")
+        raise UserError(f"{field}.path: there are no documents in {path!r}; name text that is not empty")
     if column not in row:
         raise UserError(
             f"{field}.column: {path!r} has no column {column!r}{nearest(column, row)}; it has {', '.join(row)}"

@@ -75,11 +75,12 @@ def train_tokenizer(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"tokenizer: {folder} is not empty; remove it or choose another folder")
+    model = _train_bpe(texts, vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as parent:
         temporary = Path(parent) / folder.name
         temporary.mkdir()
-        (temporary / "tokenizer.model").write_bytes(_train_bpe(texts, vocab_size))
+        (temporary / "tokenizer.model").write_bytes(model)
         tokenizer = _convert(temporary / "tokenizer.model", model_max_length)
         # The template goes into tokenizer_config.json, where every reader looks.
         tokenizer.save_pretrained(temporary, save_jinja_files=False)

@@ -10,7 +10,7 @@ from torch import nn
 from gemma_xla.backend import Backend
 from gemma_xla.model.config import GemmaConfig
 from gemma_xla.model.gemma import Gemma
-from gemma_xla.sharding import PARAMETER_RULES, Spec, check_heads, match
+from gemma_xla.sharding import PARAMETER_RULES, MeshShape, Spec, check_heads, match
 
 
 def build_model(
@@ -27,14 +27,24 @@ def build_model(
     Raises:
         UserError: the mesh does not suit the model.
     """
-    check_heads(config, backend.mesh)
+    specs = plan_shards(config, backend.mesh)
     with torch.device("meta"):
         model = Gemma(config, attention)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    specs = match(PARAMETER_RULES, shapes, backend.mesh, config)
-    for name, shape in shapes.items():
-        values = torch.empty(shape, dtype=torch.float32)
+    for name, parameter in list(model.named_parameters()):
+        values = torch.empty(parameter.shape, dtype=torch.float32)
         fill(name, values)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(backend.place(values, specs[name])))
     return model, specs
+
+
+def plan_shards(config: GemmaConfig, mesh: MeshShape) -> dict[str, Spec]:
+    """How each parameter of a model is split over a mesh.
+
+    Raises:
+        UserError: the mesh does not suit the model.
+    """
+    check_heads(config, mesh)
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Gemma(config).named_parameters()}
+    return match(PARAMETER_RULES, shapes, mesh, config)

@@ -31,6 +31,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter
 from gemma_xla.hf import copy_tokenizer
 from gemma_xla.model.config import GemmaConfig, preset
+from gemma_xla.train.build import plan_shards
 from gemma_xla.xla import open_backend
 
 _PACKAGES = ("gemma_xla", "torch", "torch_xla", "transformers", "datasets", "accelerate", "safetensors")
@@ -47,10 +48,12 @@ class Run:
         self.config = config
         self.folder = Path(config.output_dir).expanduser()
         self.model_config: GemmaConfig = preset(config.model.preset).replace(**config.model.overrides)
+        self._check_seq_len()
         self.flops = FlopCounter(self.model_config, config.data.seq_len)
-        use_xla = is_torch_xla_available()
-        self.backend = open_backend(config.mesh, use_xla=use_xla)
+        self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
+        plan_shards(self.model_config, self.backend.mesh)
         self.accelerator = self._accelerator()
+        self._check_layers()
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.mesh.batch_shards)
         self.chip, self.num_chips = self._chips()
         self.compute_dtype = self._compute_dtype()
@@ -82,6 +85,18 @@ class Run:
         """Print a line, once for all hosts."""
         if self.is_main:
             print(text, flush=True)
+
+    def _check_seq_len(self) -> None:
+        length, limit = self.config.data.seq_len, self.model_config.max_position_embeddings
+        if length > limit:
+            raise UserError(
+                f"data.seq_len is {length} but the model's max_position_embeddings is {limit}; shorten the rows, or "
+                "raise model.overrides.max_position_embeddings"
+            )
+
+    def _check_layers(self) -> None:
+        if self.config.train.layers == "scan" and self.backend.name != "xla":
+            raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
 
     def _accelerator(self) -> Accelerator:
         try:
@@ -141,7 +156,7 @@ class Run:
             )
         else:
             self.say(f"Training a tokenizer with {data.vocab_size} tokens ...")
-            return train_tokenizer(self.corpus.texts(), data.vocab_size, self.tokenizer_folder)
+            tokenizer = train_tokenizer(self.corpus.texts(), data.vocab_size, self.tokenizer_folder)
         check_tokenizer(tokenizer, self.model_config)
         return tokenizer
 

@@ -168,12 +168,13 @@ class Trainer:
             return
         # Never save what was not seen to be finite.
         self._finish_pending()
-        if save:
-            self.save()
         if evaluate and self.run.corpus.has_eval:
             loss = self.evaluate()
             self.log.write({"step": self.step, "eval_loss": loss})
             self.log.say(f"step {self.step}: held-out loss {loss:.4f}")
+        # Last: a run that is interrupted in between evaluates again.
+        if save:
+            self.save()
         self.watch.expect()
         # Neither counts as time of the next step.
         self._finished_at = time.perf_counter()
