@@ -47,7 +47,7 @@ def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | 
     """
     if use_xla:
         return XlaBackend(section)
-    # One device does the work of all that are simulated; a mesh that asks for more than are there is a mistake here too.
+    # One device does the work of all that are simulated; to ask for more devices than those is a mistake here too.
     resolve_mesh(section, section.virtual_devices or 1)
     return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -115,6 +115,8 @@ class XlaBackend(Backend):
         return zeros
 
     def constrain(self, tensor: torch.Tensor, forward: Spec, backward: Spec) -> torch.Tensor:
+        if self.mesh.num_devices == 1:
+            return tensor
         return _Constrain.apply(tensor, repr(forward), repr(backward))
 
     def remat(self, function: Callable[..., torch.Tensor], *args) -> torch.Tensor:

@@ -72,16 +72,22 @@ def attend(
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
-    """Every step spelled out, softmax in float32. Key/value heads are shared without being copied."""
+    """Every step spelled out, softmax in float32. Key/value heads are shared without being copied.
+
+    The heads that share a key are stacked along the queries, so that scores come out of plain batched products in the
+    order they are used in: transposing them would cost more than the products.
+    """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.view(B, T, K, N // K, H)
-    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH).float() * H**-0.5
+    q_BKGTH = q_BTNH.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4)
+    scores = torch.matmul(q_BKGTH.flatten(2, 3), k_BSKH.permute(0, 2, 3, 1))
+    scores_BKGTS = scores.unflatten(2, (N // K, T)).float() * H**-0.5
     visible = mask.dense(S, window, q_BTNH.device)[:, :, None]
     # A finite filler: a row with nothing to see must not become NaN.
     scores_BKGTS = torch.where(visible, scores_BKGTS, torch.finfo(torch.float32).min)
     probs_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(q_BTNH.dtype)
-    return torch.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+    out = torch.matmul(probs_BKGTS.flatten(2, 3), v_BSKH.transpose(1, 2))
+    return out.unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
