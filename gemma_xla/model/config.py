@@ -142,10 +142,10 @@ PRESETS: dict[str, GemmaConfig] = {
     ),
     # The quickstart's model: 5.7M parameters, learns in minutes on two cores.
     "gemma-tiny": GemmaConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
+        vocab_size=1024,
+        hidden_size=320,
+        intermediate_size=1280,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
