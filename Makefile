@@ -39,8 +39,8 @@ $(READY): setup.cfg constraints.txt
 	  echo "error: no virtual environment could be made with '$(PYTHON)'; on Debian: apt install python3-venv" >&2; \
 	  rm -rf .venv; exit 2; }; fi
 	@echo "Installing into .venv: about 7 GB on disk, a few minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --timeout 120 -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --rounds 20 --only xla --json result.json
 
-A 59M-parameter Gemma, 4 rows of 512 tokens, float32, AdamW, clipping. Each contender lives in a process of its own and
+A 62M-parameter Gemma, 4 rows of 512 tokens, float32, AdamW, clipping. Each contender lives in a process of its own and
 they step in turn, one at a time, so that whatever slows the machine slows all alike. What counts are CPU-seconds, user
 and system, of all threads: on a shared machine they are steadier than the wall clock, which is shown too. Ratios are
 taken within a round. Exits with 1 when a loss differs from that of `transformers`.
@@ -46,7 +46,7 @@ WARMUP = 3
 # Losses compared, and the largest relative difference at step 1 and later.
 COMPARED, TOLERANCES = 10, (1e-5, 1e-3)
 BASELINE = "transformers"
-# Rows made by the input pipeline in one turn.
+# Batches made by the input pipeline in one turn.
 INPUT_BATCHES = 50
 
 Step = Callable[[Batch], float]

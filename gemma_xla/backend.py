@@ -26,9 +26,15 @@ class Backend:
     process_index = 0
     process_count = 1
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, batch_shards: int = 1) -> None:
+        """
+        Args:
+            device: where tensors live.
+            batch_shards: the devices that a config's ``batch_size_per_device`` counts.
+        """
         self.device = device
         self.mesh = MeshShape()
+        self.batch_shards = batch_shards
 
     @property
     def device_kind(self) -> str:

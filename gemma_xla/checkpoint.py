@@ -57,7 +57,9 @@ def save(root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[st
 def prune(root: Path, keep_last: int) -> None:
     """Delete all but the newest complete checkpoints."""
     for folder in complete(root)[:-keep_last]:
-        shutil.rmtree(folder)
+        # Under a name that no longer counts: what a kill leaves of it is not taken for a checkpoint.
+        doomed = folder.rename(root / f".{folder.name}.old")
+        shutil.rmtree(doomed)
 
 
 def complete(root: Path) -> list[Path]:
@@ -186,6 +188,13 @@ def _write_parts(stem: Path, tensors: dict[str, torch.Tensor], backend: Backend)
     save_file(parts, file)
     _sync(file)
     _write_text(stem.with_suffix(".json"), json.dumps(index))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write_text(temporary, text)
+    temporary.replace(path)
 
 
 def _write_text(path: Path, text: str) -> None:

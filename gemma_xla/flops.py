@@ -181,7 +181,8 @@ def table(counter: FlopCounter) -> str:
     total = sequence["causal"]["training"]
     unit, scale = next(((name, size) for name, size in _UNITS if total >= size), _UNITS[-1])
     lines = [f"{unit + ' per sequence':<20}{'forward':>12}{'training':>12}{'share':>9}"]
-    rows = [*figures["terms"].items(), ("total, causal", sequence["causal"]), ("total, full", sequence["full_square"])]
+    totals = {"total, causal": sequence["causal"], "total, full square": sequence["full_square"]}
+    rows = [*figures["terms"].items(), *totals.items()]
     for name, flops in rows:
         forward, training = flops["forward"] / scale, flops["training"] / scale
         lines.append(f"{name:<20}{forward:>12.3f}{training:>12.3f}{flops['training'] / total:>9.1%}")

@@ -24,13 +24,11 @@ from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 
 
 def configure_environment(virtual_devices: int | None) -> None:
-    """Prepare the environment that torch_xla reads when it is first used; call this before it is imported.
-
-    Raises:
-        UserError: this process already runs another number of virtual devices.
-    """
-    # Below warnings: the compiler announces its own deprecations once for every graph.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    """Prepare the environment that torch_xla reads when it is first used; call this before it is imported."""
+    # Errors only: the compiler warns of its own deprecations once for every graph. 1 is what torch_xla sets by itself,
+    # and a launcher that has imported it hands that down.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in (None, "1"):
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     if virtual_devices is None:
         return
     os.environ["PJRT_DEVICE"] = "CPU"
@@ -48,8 +46,8 @@ def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | 
     if use_xla:
         return XlaBackend(section)
     # One device does the work of all that are simulated; to ask for more devices than those is a mistake here too.
-    resolve_mesh(section, section.virtual_devices or 1)
-    return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    shape = resolve_mesh(section, section.virtual_devices or 1)
+    return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"), shape.batch_shards)
 
 
 class XlaBackend(Backend):
@@ -74,14 +72,20 @@ class XlaBackend(Backend):
                 f"mesh.virtual_devices is {section.virtual_devices} but this process already runs {num_devices} "
                 "device(s); start it in a process of its own"
             )
+        if section.virtual_devices is None and xr.device_type() == "CPU" and torch.cuda.is_available():
+            raise UserError("PyTorch/XLA finds no TPU, but there is a GPU; start with USE_TORCH_XLA=0 to run on it")
         self.device = torch_xla.device()
         self.mesh: MeshShape = resolve_mesh(section, num_devices)
+        self.batch_shards = self.mesh.batch_shards
         shape = tuple(getattr(self.mesh, axis) for axis in AXES)
         self._mesh = xs.Mesh(np.arange(num_devices), shape, AXES)
         xs.set_global_mesh(self._mesh)
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
         if self.process_count > 1:
+            if self.mesh.tensor > 1:
+                # A host's rows are dealt out to all of its devices, whatever their place on the tensor axis.
+                raise UserError(f"mesh.tensor is {self.mesh.tensor}; with several hosts it must be 1")
             import torch_xla.distributed.xla_backend  # noqa: F401 (registers the address "xla://")
 
             torch.distributed.init_process_group("gloo", init_method="xla://")

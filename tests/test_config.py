@@ -65,7 +65,7 @@ def test_every_key_of_a_recipe_config_arrives(path):
 
 def test_the_quickstart_says_what_it_says():
     config = load_config(next(path for path in CONFIGS if path.stem == "quickstart"))
-    assert config.train.optimizer.lr == 0.003
+    assert config.train.optimizer.weight_decay == 0.05
     assert config.train.optimizer.beta2 == 0.95  # a default
     assert (config.mesh.virtual_devices, config.train.batch_size, config.model.preset) == (4, 8, "gemma-tiny")
 

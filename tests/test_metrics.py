@@ -55,6 +55,7 @@ def test_a_step_in_figures():
     per_second_and_chip = 16 / 10 / 4
     assert figures == {
         "step_time": 10.0,
+        "run_time": 40.0,
         "tokens": 16 * 8192 * 1.75,
         "tokens_per_second_per_chip": 16 * 8192 / 10 / 4,
         "real_token_fraction": 0.75,

@@ -85,10 +85,13 @@ class TestFormats:
         assert documents(tmp_path / "set[1]", streaming=streaming) == TEXTS
 
 
-def test_folder_of_several_kinds_is_text(tmp_path):
-    (tmp_path / "a.json").write_text('{"text": "kept as it is"}')
-    (tmp_path / "b.py").write_text("pass")
-    assert documents(tmp_path) == ['{"text": "kept as it is"}', "pass"]
+def test_folder_of_several_kinds_is_refused(tmp_path):
+    """Read as text, the braces of its records would be learnt."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a record"}')
+    (tmp_path / "README.md").write_text("About it")
+    with pytest.raises(UserError, match=r"several kinds \(json, text\); name one"):
+        documents(tmp_path)
+    assert documents(f"{tmp_path}/*.jsonl") == ["a record"]
 
 
 def test_missing_values_are_empty_documents(tmp_path):

@@ -38,6 +38,8 @@ class TrainLoader:
             "seed": corpus.seed,
             "shuffle": config.shuffle,
             "documents": [source.num_documents for source in corpus.train_sources],
+            "weights": weights,
+            "eval_fraction": 0.0 if config.eval else config.eval_fraction,
         }
         # Position and contents of the last batch delivered; batches made ahead do not count.
         self._state = {"batches": 0, "lanes": _positions(self._lanes)}
@@ -72,9 +74,9 @@ class TrainLoader:
             UserError: it is the position of other data, or lanes of this process are missing in it.
         """
         for name, value in self._setup.items():
-            if state["setup"][name] != value:
+            if state["setup"].get(name) != value:
                 raise UserError(
-                    f"data: the saved position has {name} {state['setup'][name]}, but this run has {value}; "
+                    f"data: the saved position has {name} {state['setup'].get(name)}, but this run has {value}; "
                     "continue with the same data, seed and rows per step, or start anew"
                 )
         if missing := [row for row in self._lanes if str(row) not in state["lanes"]]:

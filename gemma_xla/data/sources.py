@@ -78,7 +78,7 @@ def open_source(section: SourceSection, field: str) -> Source:
         dataset, files = _open_local(section, field)
     else:
         dataset, files = _open_hub(section, field), ()
-    column = "text" if files and _format(files) == "text" else section.column
+    column = "text" if files and _format(files, field) == "text" else section.column
     with _explained(field, files):
         row = next(iter(dataset), None)
     _check_row(row, column, section.path, field)
@@ -120,16 +120,21 @@ def _hidden(file: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in file.parts)
 
 
-def _format(files: tuple[str, ...]) -> str:
+def _format(files: tuple[str, ...], field: str) -> str:
     formats = {_FORMATS.get(Path(file.removesuffix(".gz")).suffix.lower(), "text") for file in files}
-    return formats.pop() if len(formats) == 1 else "text"
+    if len(formats) > 1:
+        kinds = ", ".join(sorted(formats))
+        raise UserError(
+            f"{field}.path: it holds files of several kinds ({kinds}); name one, such as 'folder/**/*.jsonl'"
+        )
+    return formats.pop()
 
 
 def _open_local(section: SourceSection, field: str) -> tuple[Any, tuple[str, ...]]:
     if section.subset or section.split != "train":
         raise UserError(f"{field}: 'subset' and 'split' are for hub data sets, not for files; remove them")
     files = find_files(section.path, field)
-    file_format = _format(files)
+    file_format = _format(files, field)
     options = {"sample_by": section.sample_by} if file_format == "text" else {}
     # `datasets` takes file names for patterns.
     names = [glob.escape(file) for file in files]

@@ -57,7 +57,7 @@ def export_run(folder: Path, out: Path, **options: Any) -> Path:
         folder.resolve().name,
         model_config,
         sources=_sources(config),
-        metrics=_rounded(summary(read_metrics(folder / "metrics.jsonl"))),
+        metrics=_rounded(summary([r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= state["step"]])),
         run_config=dump_config(config),
     )
     return export(reader, model_config, out, tokenizer=folder / "tokenizer", card=card, **options)

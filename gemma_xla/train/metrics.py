@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gemma_xla.checkpoint import replace_text
 from gemma_xla.chips import Chip, cost
 from gemma_xla.flops import FlopCounter
 
@@ -28,7 +29,7 @@ class Meter:
         self.chip = chip
         self.num_chips = num_chips
         self.positions_per_step = positions_per_step
-        # Over the whole run, restored on resuming.
+        # Over the whole run, evaluations and checkpoints included, restored on resuming.
         self.seconds = 0.0
         self.tokens = 0
 
@@ -42,6 +43,7 @@ class Meter:
         mfu = self.flops.mfu(per_chip, peak)
         return {
             "step_time": seconds,
+            "run_time": self.seconds,
             "tokens": self.tokens,
             "tokens_per_second_per_chip": per_chip,
             "real_token_fraction": real_fraction,
@@ -68,7 +70,7 @@ class MetricsLog:
         self.accelerator = accelerator
         self.records = [r for r in read_metrics(path) if r["step"] <= start]
         if enabled:
-            path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            replace_text(path, "".join(json.dumps(r) + "\n" for r in self.records))
         self._file = path.open("a", encoding="utf-8") if enabled else None
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not enabled, dynamic_ncols=True)
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_torch_xla_available, set_seed
+from accelerate.utils import is_torch_xla_available
 
 from gemma_xla import checkpoint
+from gemma_xla.checkpoint import replace_text
 from gemma_xla.chips import Chip, detect_gpu_chip, get_chip, measure_cpu_peak, topology
 from gemma_xla.config import RunConfig
 from gemma_xla.config_file import dump_config
@@ -54,15 +55,13 @@ class Run:
         plan_shards(self.model_config, self.backend.mesh)
         self.accelerator = self._accelerator()
         self._check_layers()
-        self.micro_batch_rows = config.train.micro_batch_rows(self.backend.mesh.batch_shards)
+        self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
         self.chip, self.num_chips = self._chips()
         self.compute_dtype = self._compute_dtype()
-        set_seed(config.seed)
         self.checkpoints = self.folder / "checkpoints"
         self._check_folder()
         self.corpus = Corpus(config.data, seed=config.seed)
         self.tokenizer = self._open_tokenizer()
-        self._start_folder()
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +71,26 @@ class Run:
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
+
+    def open_folder(self) -> None:
+        """Write what a run's folder starts with, once everything has been checked.
+
+        Raises:
+            UserError: the hosts do not see the same folder.
+        """
+        config = self.folder / "config.yaml"
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_text(config, dump_config(self.config))
+            if not self.tokenizer_folder.exists():
+                copy_tokenizer(self.config.data.tokenizer, self.tokenizer_folder)
+            if self.config.log.trackers:
+                self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+        self.backend.barrier()
+        if not config.exists():
+            raise UserError(
+                f"output_dir: {self.folder} differs from host to host; name a folder that all of them share"
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run it belongs to."""
@@ -97,6 +116,11 @@ class Run:
     def _check_layers(self) -> None:
         if self.config.train.layers == "scan" and self.backend.name != "xla":
             raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
+        windows = {self.model_config.window(i) for i in range(self.model_config.num_hidden_layers)}
+        if self.config.train.layers == "scan" and len(windows) > 1:
+            raise UserError(
+                "train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'"
+            )
 
     def _accelerator(self) -> Accelerator:
         try:
@@ -156,19 +180,12 @@ class Run:
             )
         else:
             self.say(f"Training a tokenizer with {data.vocab_size} tokens ...")
-            tokenizer = train_tokenizer(self.corpus.texts(), data.vocab_size, self.tokenizer_folder)
+            if self.is_main:
+                train_tokenizer(self.corpus.texts(), data.vocab_size, self.tokenizer_folder)
+            self.backend.barrier()
+            tokenizer = load_tokenizer(self.tokenizer_folder)
         check_tokenizer(tokenizer, self.model_config)
         return tokenizer
-
-    def _start_folder(self) -> None:
-        if not self.is_main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        if not self.tokenizer_folder.exists():
-            copy_tokenizer(self.config.data.tokenizer, self.tokenizer_folder)
-        if self.config.log.trackers:
-            self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
 
 
 def _versions() -> dict[str, str]:

@@ -34,6 +34,7 @@ class Trainer:
         self.meter = Meter(run.flops, run.chip, run.num_chips, self.rows * self.config.data.seq_len)
         self.step = 0
         self._build()
+        run.open_folder()
 
     def fit(self) -> dict[str, float]:
         """Train to the end, evaluate, save; return the run's summary."""
@@ -63,6 +64,7 @@ class Trainer:
         finally:
             self.log.close()
             self.train_loader.close()
+            self.run.accelerator.end_training()
         return summary(self.log.records)
 
     def evaluate(self) -> float:
@@ -176,8 +178,10 @@ class Trainer:
         if save:
             self.save()
         self.watch.expect()
-        # Neither counts as time of the next step.
-        self._finished_at = time.perf_counter()
+        # Time and money of the run, but not of the next step.
+        now = time.perf_counter()
+        self.meter.seconds += now - self._finished_at
+        self._finished_at = now
 
     def _finish_pending(self) -> None:
         """Wait for the step before and report it; its time is that from the end of its predecessor to its own end."""
