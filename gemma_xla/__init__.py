@@ -1,4 +1,4 @@
-"""Pretrain and fine-tune Gemma with PyTorch/XLA."""
+"""Pretrain Gemma with PyTorch/XLA."""
 
 from gemma_xla.flops import FlopCounter
 from gemma_xla.model.config import GemmaConfig

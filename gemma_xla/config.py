@@ -183,7 +183,7 @@ class LogSection(Section):
 
     # Names accelerate knows: tensorboard, wandb, ...
     trackers: list[str] = ["tensorboard"]
-    # A text to continue at the end, as a sample.
+    # A text to continue with the exported model, as a sample.
     sample_prompt: str | None = None
 
 

@@ -44,9 +44,16 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: text that looks like a float goes into quotes."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -80,7 +87,7 @@ def validate(tree: dict[str, Any], origin: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """Return the resolved config as YAML; `load_config` reads it back to an equal value."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, origin: str) -> Any:
@@ -105,7 +112,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"--set {override!r}: {'.'.join(parents[:depth])} has no keys; set it as a whole")
-    node[last] = _parse(value, f"--set {key}")
+    try:
+        node[last] = _parse(value, f"--set {key}")
+    except UserError as error:
+        raise UserError(f"{error}; text with such characters needs quotes of its own: --set '{key}=\"...\"'") from None
 
 
 def _explain(errors: list[dict[str, Any]]) -> list[str]:

@@ -43,8 +43,7 @@ class MeshShape:
 
     def ways(self, entry: str | tuple[str, ...] | None) -> int:
         """Parts that a spec's entry splits a dimension into."""
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        return math.prod(getattr(self, name) for name in names)
+        return math.prod(getattr(self, name) for name in _names(entry))
 
 
 def resolve_mesh(section: MeshSection, num_devices: int) -> MeshShape:
@@ -132,8 +131,7 @@ def resolve_spec(spec: Spec, mesh: MeshShape, config: GemmaConfig) -> Spec:
     kv = () if config.num_key_value_heads % mesh.tensor else ("tensor",)
 
     def entry(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        names = tuple(name for axis in names for name in (kv if axis == "kv" else (axis,)))
+        names = tuple(name for axis in _names(axes) for name in (kv if axis == "kv" else (axis,)))
         return names[0] if len(names) == 1 else names or None
 
     return tuple(entry(axes) for axes in spec)
@@ -143,10 +141,14 @@ def gathered(spec: Spec) -> Spec:
     """The spec of a parameter while it is used: whole along the fsdp axis."""
 
     def entry(axes: str | tuple[str, ...] | None) -> str | None:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return next((name for name in names if name != "fsdp"), None)
+        return next((name for name in _names(axes) if name != "fsdp"), None)
 
     return tuple(entry(axes) for axes in spec)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of a spec's entry."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def check_heads(config: GemmaConfig, mesh: MeshShape) -> None:

@@ -217,7 +217,10 @@ WRONG_OVERRIDES = {
     "train..steps=3": "--set 'train..steps=3': write it as key=value, such as train.steps=10",
     "train.steps.x=3": "--set 'train.steps.x=3': train.steps has no keys; set it as a whole",
     "data.train.path=b": "--set 'data.train.path=b': data.train has no keys; set it as a whole",
-    "train={steps: 3": "--set train, line 1: not valid YAML: expected ',' or '}', but got '<stream end>'",
+    "train={steps: 3": (
+        "--set train, line 1: not valid YAML: expected ',' or '}', but got '<stream end>'; text with such characters "
+        "needs quotes of its own: --set 'train=\"...\"'"
+    ),
 }
 
 
@@ -274,3 +277,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size, grad_accum, sh
         f"train.batch_size is {batch_size}; it must be a multiple of grad_accum ({grad_accum}) times the devices that "
         f"share the batch ({shards})"
     )
+
+
+def test_text_that_looks_like_a_number_survives_a_round_trip(load, tmp_path):
+    config = load(MINIMAL, 'output_dir="1e5"')
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config

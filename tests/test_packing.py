@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gemma_xla.data.documents import Document, IndexedDocuments, StreamDocuments, uniform
-from gemma_xla.data.packing import IGNORED, Lane, pack
+from gemma_xla.data.packing import Lane, pack
 from gemma_xla.data.sources import Source
+from gemma_xla.model.loss import IGNORE_INDEX
 
 PAD, EOS, BOS = 0, 1, 2
 LENGTHS = [3, 40, 0, 7, 1, 12, 65, 5, 9, 2, 30, 4, 0, 18, 6]
@@ -38,7 +39,7 @@ def all_pairs(lengths: list[int] = LENGTHS) -> Counter:
 
 def pairs_of(batch: dict[str, torch.Tensor], row: int) -> list[tuple[int, int]]:
     pairs = zip(batch["input_ids"][row].tolist(), batch["shift_labels"][row].tolist(), strict=True)
-    return [pair for pair in pairs if pair[1] != IGNORED]
+    return [pair for pair in pairs if pair[1] != IGNORE_INDEX]
 
 
 def epoch_of_documents(documents: IndexedDocuments, lanes: int, units: int, epoch: int = 0) -> list[Document]:

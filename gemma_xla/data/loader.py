@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gemma_xla.data.documents import Corpus, Document
-from gemma_xla.data.packing import IGNORED, Lane, pack
+from gemma_xla.data.packing import Lane, pack
 from gemma_xla.data.tokenizer import document_encoder
 from gemma_xla.errors import UserError
+from gemma_xla.model.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
@@ -137,7 +138,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         self._tokens = self._positions = 0
         for batch in prefetch(self._make(), self._corpus.config.prefetch):
-            self._tokens += int((batch["shift_labels"] != IGNORED).sum())
+            self._tokens += int((batch["shift_labels"] != IGNORE_INDEX).sum())
             self._positions += batch["shift_labels"].numel()
             yield batch
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from gemma_xla.data.documents import Document, uniform
+from gemma_xla.model.loss import IGNORE_INDEX
 
 # What `F.cross_entropy` leaves out.
-IGNORED = -100
 
 
 class Documents(Protocol):
@@ -91,7 +91,7 @@ def pack(rows: list[list[Document]], seq_len: int, pad_token_id: int) -> dict[st
     shape = (len(rows), seq_len)
     input_ids = np.full(shape, pad_token_id, dtype=np.int32)
     position_ids, segment_ids = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-    shift_labels = np.full(shape, IGNORED, dtype=np.int64)
+    shift_labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     for row, pieces in enumerate(rows):
         start = 0
         for segment, (_, tokens) in enumerate(pieces, start=1):

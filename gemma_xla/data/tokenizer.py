@@ -95,7 +95,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         UserError: there is none, it is not a fast tokenizer, or it has no token that starts, ends or pads a text.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        folder = Path(name_or_path).expanduser()
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
