@@ -39,7 +39,7 @@ def test_the_quickstart_learns_and_ends_with_a_model_that_transformers_loads(tmp
     steps = _steps(folder)
     vocabulary = AutoTokenizer.from_pretrained(folder / "export").vocab_size
     # A tied embedding begins a little above: it expects the token it was given once more.
-    assert steps[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.15)
+    assert steps[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.2)
     last = [record["loss"] for record in steps[-20:]]
     assert sum(last) / len(last) < math.log(vocabulary) / 2
     assert steps[-1]["compilations"] <= 2, "one graph for the step, one for the evaluation"

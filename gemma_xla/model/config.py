@@ -150,6 +150,8 @@ PRESETS: dict[str, GemmaConfig] = {
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=1024,
+        # Narrow layers want larger weights: about hidden_size ** -0.5.
+        initializer_range=0.05,
     ),
     # For benchmarks: about 60M parameters.
     "gemma-small": GemmaConfig(
