@@ -31,7 +31,7 @@ import torch
 from gemma_xla.config import DataSection, MeshSection, OptimizerSection, TrainSection
 from gemma_xla.model.config import preset
 from gemma_xla.model.gemma import init_parameter
-from gemma_xla.train.build import build_model
+from gemma_xla.train.build import build_model, initial
 from gemma_xla.train.optimizer import build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import Batch, TrainStep
@@ -79,7 +79,7 @@ def make_batch(number: int) -> Batch:
 def ours(devices: int, *, xla: bool, compiled: bool = False) -> Step:
     section = MeshSection(virtual_devices=devices if xla else None)
     backend = open_backend(section, use_xla=xla, device=torch.device("cpu"))
-    model, specs = build_model(CONFIG, backend, partial(init_parameter, config=CONFIG, seed=0), backend.attention)
+    model, specs = build_model(CONFIG, backend, initial(CONFIG, backend, 0), backend.attention)
     optimizer = build_optimizer(model, specs, backend, OPTIMIZER)
     parallelize(model, specs, backend, TrainSection(steps=1, batch_size=ROWS), torch.float32)
     module = torch.compile(model) if compiled else model

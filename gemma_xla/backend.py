@@ -4,6 +4,7 @@ PyTorch/XLA. The trainer talks to either through the same few methods.
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,14 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from gemma_xla.sharding import MeshShape, Spec
+from gemma_xla.sharding import AXES, MeshShape, Spec
 
 # A part of a tensor: where it lies in the whole, and its values on the CPU.
 Piece = tuple[tuple[slice, ...], torch.Tensor]
+# Fills a CPU tensor, of any floating dtype, with the part of a tensor that the slices select.
+CopyTo = Callable[[torch.Tensor, tuple[slice, ...]], None]
+# What is on its way to another device at once, in elements.
+STAGED = 2**24
 
 
 class Backend:
@@ -50,6 +55,24 @@ class Backend:
         """Move a whole CPU tensor to the devices, split as ``spec`` says. The result shares no memory with it."""
         return tensor.to(self.device, copy=True)
 
+    def place_from(
+        self, shape: tuple[int, ...], spec: Spec, copy_to: CopyTo, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return a float32 tensor on the devices, split as ``spec`` says, that is never whole on the host beside it.
+
+        Args:
+            shape: that of the whole tensor, of at least one dimension.
+            spec: how it is split.
+            copy_to: called for each part that this host needs.
+            dtype: the type in which the values come: what need not be wider on its way is not.
+        """
+        placed = torch.empty(shape, dtype=torch.float32, device=self.device)
+        if self.device.type == "cpu":
+            copy_to(placed, tuple(slice(0, size) for size in shape))
+        else:
+            fill_in_rows(placed, copy_to, narrower(dtype))
+        return placed
+
     def place_batch(self, batch: dict[str, torch.Tensor], spec: Spec) -> dict[str, torch.Tensor]:
         """Move this host's rows of a batch to the devices."""
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
@@ -77,6 +100,25 @@ class Backend:
     def scalar(self, value: float) -> float | torch.Tensor:
         """A number that changes from step to step, in the form that needs no new compilation."""
         return value
+
+    def seed(self, seed: int) -> None:
+        """Start the random generators anew."""
+        torch.manual_seed(seed)
+
+    def rng_state(self) -> dict[str, Any]:
+        """Where the random generators are, for JSON."""
+        states = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Put the random generators where `rng_state` found them; those of another kind of device begin anew."""
+        states = {kind: value for kind, value in state.items() if kind in ("torch", "cuda")}
+        decoded = {k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8) for k, v in states.items()}
+        torch.set_rng_state(decoded["torch"])
+        if self.device.type == "cuda" and "cuda" in decoded:
+            torch.cuda.set_rng_state(decoded["cuda"], self.device)
 
     def flush(self) -> None:
         """Hand the recorded operations to the device; without effect where they run at once."""
@@ -114,3 +156,34 @@ class Backend:
     def compilations(self) -> int:
         """Graphs compiled so far by this process."""
         return 0
+
+
+def narrower(dtype: torch.dtype) -> torch.dtype:
+    """The type that carries values of ``dtype`` to a float32 tensor in the fewest bytes."""
+    return dtype if dtype.itemsize < torch.float32.itemsize else torch.float32
+
+
+def fill_in_rows(out: torch.Tensor, copy_to: CopyTo, dtype: torch.dtype) -> None:
+    """Fill a tensor on any device with values that come as ``dtype``, some rows at a time."""
+    rows = max(1, STAGED // max(1, out[0].numel()))
+    for start in range(0, len(out), rows):
+        part = out[start : start + rows]
+        staged = torch.empty(part.shape, dtype=dtype)
+        copy_to(staged, (slice(start, start + len(part)), *(slice(0, size) for size in part.shape[1:])))
+        part.copy_(staged)
+
+
+def part_of(shape: tuple[int, ...], spec: Spec, mesh: MeshShape, device: int) -> tuple[slice, ...]:
+    """The part of a tensor that a device holds; devices are numbered along the mesh, its last axis first."""
+    at = {}
+    for axis in reversed(AXES):
+        device, at[axis] = divmod(device, getattr(mesh, axis))
+    part = []
+    for size, entry in zip(shape, spec, strict=True):
+        count, number = 1, 0
+        # The first axis of several counts the larger steps.
+        for axis in (entry,) if isinstance(entry, str) else entry or ():
+            ways = getattr(mesh, axis)
+            count, number = count * ways, number * ways + at[axis]
+        part.append(slice(size * number // count, size * (number + 1) // count))
+    return tuple(part)

@@ -6,6 +6,7 @@ sharding says (GSPMD, arXiv:2105.04663).
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -16,11 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from gemma_xla.backend import Backend, Piece
+from gemma_xla.backend import Backend, CopyTo, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.attention import Mask
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
+
+# The most elements of a tensor that a host turns into float32 by itself.
+_WIDE = 2**27
 
 
 def configure_environment(virtual_devices: int | None) -> None:
@@ -107,6 +111,29 @@ class XlaBackend(Backend):
         xs.mark_sharding(placed, self._mesh, spec)
         return placed
 
+    def place_from(
+        self, shape: tuple[int, ...], spec: Spec, copy_to: CopyTo, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        # Another type costs a compilation for each shape: only where it saves much memory.
+        dtype = narrower(dtype) if math.prod(shape) > _WIDE else torch.float32
+        parts: dict[tuple, torch.Tensor] = {}
+        shards = []
+        for device in torch_xla._XLAC._xla_get_runtime_devices():
+            index = part_of(shape, spec, self.mesh, int(device.rpartition(":")[2]))
+            key = tuple((at.start, at.stop) for at in index)
+            if key not in parts:
+                parts[key] = torch.empty([stop - start for start, stop in key], dtype=dtype)
+                copy_to(parts[key], index)
+            shards.append(parts[key])
+        sharding = self._mesh.get_op_sharding(spec)
+        placed = torch_xla._XLAC._global_tensor_from_cpu_shards(shards, sharding, list(shape))
+        if dtype != torch.float32:
+            placed = placed.float()
+            xs.mark_sharding(placed, self._mesh, spec)
+            # Now, so that the devices do not hold both precisions of many tensors.
+            torch_xla.sync()
+        return placed
+
     def place_batch(self, batch: dict[str, torch.Tensor], spec: Spec) -> dict[str, torch.Tensor]:
         # With several hosts each one holds only its own rows; with one host it holds them all.
         sharding = xs.ShardingSpec(self._mesh, spec, minibatch=self.process_count > 1)
@@ -139,6 +166,18 @@ class XlaBackend(Backend):
         # Placed like any tensor: a bare 0 or 1 would become a constant, and its graph another.
         return self.place(torch.tensor(value, dtype=torch.float32), ())
 
+    def seed(self, seed: int) -> None:
+        super().seed(seed)
+        torch_xla.manual_seed(seed)
+
+    def rng_state(self) -> dict[str, Any]:
+        return super().rng_state() | {"xla": xm.get_rng_state()}
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        super().set_rng_state(state)
+        if "xla" in state:
+            xm.set_rng_state(state["xla"])
+
     def flush(self) -> None:
         torch_xla.sync()
 
@@ -160,6 +199,8 @@ class XlaBackend(Backend):
         return values
 
     def pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        # Until the operations that were handed over are done, their results cannot be asked for their shards.
+        xm.wait_device_ops()
         shards = torch_xla._XLAC._get_local_shards([tensor])[0]
         places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
         whole = tuple(slice(0, size) for size in tensor.shape)

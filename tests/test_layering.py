@@ -28,6 +28,7 @@ ORDER = [
     {"flops", "chips"},
     {"config_file"},
     {"config"},
+    {"tensor_file", "storage", "interrupts"},
     {"errors", "model.config"},
 ]
 # Only these may use the seam.

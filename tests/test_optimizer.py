@@ -7,8 +7,7 @@ from transformers import get_scheduler
 from gemma_xla.backend import Backend
 from gemma_xla.config import OptimizerSection, ScheduleSection
 from gemma_xla.model.config import preset
-from gemma_xla.model.gemma import init_parameter
-from gemma_xla.train.build import build_model
+from gemma_xla.train.build import build_model, initial
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction
 
 CASES = {
@@ -54,7 +53,7 @@ def test_linear_ends_at_its_floor():
 
 def _optimizer():
     config, backend = preset("gemma-test"), Backend(torch.device("cpu"))
-    model, specs = build_model(config, backend, lambda n, v: init_parameter(n, v, config, 0), "sdpa")
+    model, specs = build_model(config, backend, initial(config, backend, 0), "sdpa")
     return model, build_optimizer(model, specs, backend, OptimizerSection(weight_decay=0.3))
 
 

@@ -8,8 +8,7 @@ import torch
 from gemma_xla.backend import Backend
 from gemma_xla.config import OptimizerSection, TrainSection
 from gemma_xla.model.config import preset
-from gemma_xla.model.gemma import init_parameter
-from gemma_xla.train.build import build_model
+from gemma_xla.train.build import build_model, initial
 from gemma_xla.train.optimizer import build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import TrainStep
@@ -23,7 +22,7 @@ RATES = [1e-3 * (step + 1) for step in range(10)]
 def _ours(reference):
     backend = Backend(torch.device("cpu"))
     weights = reference.state_dict()
-    model, specs = build_model(CONFIG, backend, lambda name, values: values.copy_(weights[name]), "sdpa")
+    model, specs = build_model(CONFIG, backend, lambda name, *_: weights[name].clone(), "sdpa")
     optimizer = build_optimizer(model, specs, backend, OptimizerSection(weight_decay=0.1))
     parallelize(model, specs, backend, TrainSection(steps=1, batch_size=1), torch.float32)
     return model, TrainStep(model, optimizer, backend, clip_norm=0.5, loss_chunk=7)
@@ -106,7 +105,7 @@ def test_bfloat16_compute_follows_float32():
 
 def test_parameters_stay_float32_under_bfloat16_compute():
     backend = Backend(torch.device("cpu"))
-    model, specs = build_model(CONFIG, backend, lambda n, v: init_parameter(n, v, CONFIG, 0), "sdpa")
+    model, specs = build_model(CONFIG, backend, initial(CONFIG, backend, 0), "sdpa")
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, TrainSection(steps=1, batch_size=1), torch.bfloat16)
     seen = []

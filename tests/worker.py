@@ -5,6 +5,7 @@ torch_xla fixes its devices once per process, so tests call this in a process of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 
 from gemma_xla.config import MeshSection, OptimizerSection, TrainSection
+from gemma_xla.hf import HfReader
 from gemma_xla.model.config import GemmaConfig, preset
-from gemma_xla.model.gemma import init_parameter
-from gemma_xla.train.build import build_model
+from gemma_xla.train.build import build_model, initial, stored
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import Batch, TrainStep, summed_loss
@@ -32,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "model": {"initializer_range": 0.1},
     "sizes": None,
+    # A Hugging Face folder to start from.
+    "from": None,
 }
 
 
@@ -61,12 +64,14 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     data, fsdp, tensor = spec["mesh"]
     section = MeshSection(data=data, fsdp=fsdp, tensor=tensor, virtual_devices=spec["devices"] or None)
     backend = open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
-    model, specs = build_model(config, backend, lambda n, v: init_parameter(n, v, config, 0), backend.attention)
+    make = stored(HfReader(spec["from"]), backend) if spec["from"] else initial(config, backend, 0)
+    model, specs = build_model(config, backend, make, backend.attention)
     train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"])
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
     step = TrainStep(model, optimizer, backend, clip_norm=spec["clip_norm"], loss_chunk=16)
     backend.flush()
+    start = {name: _digest(_whole(backend, parameter)) for name, parameter in model.named_parameters()}
     results, compiled = [], [backend.compilations()]
     for number in range(spec["steps"]):
         rows, length = (spec["sizes"] or [[8, 32]] * spec["steps"])[number]
@@ -80,6 +85,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     weight = model.model.layers[0].mlp.gate_proj.weight
     moments = [optimizer.state[weight][name] for name in MOMENTS]
     return {
+        "start": start,
         "losses": [r[0] for r in results],
         "grad_norms": [r[1] for r in results],
         "tokens": [r[2] for r in results],
@@ -87,6 +93,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "parts": [[list(values.shape) for _, values in backend.pieces(t)] for t in (weight, *moments, weight.grad)],
         "weights": {n: _whole(backend, p).norm().item() for n, p in model.named_parameters()},
     }
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def _whole(backend: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import GemmaConfig
+from gemma_xla.storage import location, reason
 
 # Fields that have the same name and meaning in config.json.
 _FIELDS = [
@@ -48,7 +49,7 @@ def read_config(folder: str | Path) -> GemmaConfig:
     Raises:
         UserError: the file is missing, describes something else than a Gemma, or lacks a field.
     """
-    path = Path(folder) / "config.json"
+    path = location(folder) / "config.json"
     raw = read_json(path)
     if raw.get("model_type") != "gemma":
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}; only 'gemma' (Gemma 1) can be read")
@@ -110,8 +111,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the folder of a Hugging Face model") from error
-    except ValueError as error:
+        raise UserError(f"{path}: {reason(error)}; give the folder of a Hugging Face model") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}; write or download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: it must hold a JSON object; write or download it again")

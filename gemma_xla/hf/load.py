@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from gemma_xla.errors import UserError
 from gemma_xla.hf.config import read_config
 from gemma_xla.hf.reader import INDEX, HfReader, check_tensors
 from gemma_xla.hf.writer import TOKENIZER_FILES, tokenizer_files
 from gemma_xla.model.gemma import Gemma
+from gemma_xla.storage import location, reason
 
 _WANTED = ["model*.safetensors", INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Return a local folder as it is; fetch a Hugging Face model id, or take it from the cache when offline.
+    """Return a folder, local or a URL, as it is; fetch a Hugging Face model id, or take it from the cache when offline.
 
     Raises:
         UserError: there is no such folder, or the model cannot be fetched.
@@ -29,7 +29,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def copy_tokenizer(name_or_path: str | Path, out: Path) -> None:
-    """Copy the tokenizer of a folder or hub id into the new folder ``out``.
+    """Copy the tokenizer of a folder or hub id into the new local folder ``out``.
 
     Raises:
         UserError: there is no such folder or id, or it has no tokenizer.
@@ -40,26 +40,36 @@ def copy_tokenizer(name_or_path: str | Path, out: Path) -> None:
         partial = Path(parent) / out.name
         partial.mkdir()
         for file in files:
-            shutil.copyfile(file, partial / file.name)
+            (partial / file.name).write_bytes(file.read_bytes())
         partial.rename(out)
 
 
 def _resolve(name_or_path: str | Path, wanted: list[str]) -> Path:
-    folder = Path(name_or_path).expanduser()
+    folder, name = location(name_or_path), str(name_or_path)
     if folder.is_dir():
         return folder
+    if "://" in name:
+        raise UserError(f"{name}: no such folder; check the name")
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{name_or_path}: no such folder, and not to be had from the Hugging Face hub ({reason}); check the name "
-            "and, for a gated model such as Gemma, accept its terms on huggingface.co and run `hf auth login`"
-        ) from error
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # noqa: BLE001 (beside its own errors, those of whatever HTTP client it uses)
+        raise UserError(f"{name}: no such folder, and {_why_not(name, error)}") from error
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """Why the hub did not give a model, and the way out."""
+    if isinstance(error, HFValidationError):
+        return "it is not the name of a model on the Hugging Face hub, such as google/gemma-2b; check the name"
+    if isinstance(error, GatedRepoError):
+        return f"the model is gated; accept its terms on https://huggingface.co/{name} and run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hugging Face hub shows no such model; check the name and, for a private model, run `hf auth login`"
+    why = reason(error.__cause__ or error)
+    return f"not to be had from the Hugging Face hub or its local cache ({why}); check the name and the connection"
 
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Gemma:
-    """Load a Gemma from a folder or hub id onto the CPU.
+    """Load a Gemma from a folder or hub id onto the CPU; nothing of a tensor's size is in memory beside the model.
 
     Raises:
         UserError: it is not a Gemma, or its tensors do not fit its config.
@@ -69,6 +79,8 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype = torch.float32, att
     reader = HfReader(folder)
     names = check_tensors(reader, config, str(folder))
     with torch.device("meta"):
-        model = Gemma(config, attention)
-    model.load_state_dict({name: reader.read(name).to(dtype) for name in names}, assign=True)
+        model = Gemma(config, attention).to(dtype)
+    model.to_empty(device="cpu")
+    for name in names:
+        reader.copy_to(name, model.get_parameter(name))
     return model

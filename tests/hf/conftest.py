@@ -29,8 +29,14 @@ class Weights:
     def dtype(self, name):
         return self.tensors[name].dtype
 
+    def where(self, name):
+        return f"memory, {name}"
+
     def read(self, name, index=None):
         return self.tensors[name][index or ...]
+
+    def copy_to(self, name, out, index=None):
+        out.copy_(self.read(name, index))
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from upath import UPath
 
 from gemma_xla.errors import UserError
-from gemma_xla.hf import HfReader, export, load_model, read_config, writer
+from gemma_xla.hf import HfReader, export, load_model, read_config
 from tests.hf.conftest import CONFIG, Weights
 from tests.reference import assert_close, random_ids
 
@@ -53,22 +58,18 @@ def test_shards_keep_their_size(weights, tmp_path, dtype, width):
         assert {name for name, file in index["weight_map"].items() if file == path.name} == tensors.keys()
 
 
-def test_one_shard_is_in_memory_at_a_time(weights, tmp_path, monkeypatch):
-    reads = []
+@pytest.mark.parametrize("size", ["5GB", "50KB"])
+def test_one_tensor_is_in_memory_at_a_time(weights, tmp_path, size):
+    buffers: list[weakref.ref] = []
 
     class Recorder(Weights):
-        def read(self, name, index=None):
-            reads.append(name)
-            return super().read(name, index)
+        def copy_to(self, name, out, index=None):
+            assert all(buffer() is None for buffer in buffers)
+            buffers.append(weakref.ref(out))
+            super().copy_to(name, out, index)
 
-    def save(tensors, *args, **kwargs):
-        assert reads == list(tensors)
-        reads.clear()
-        save_file(tensors, *args, **kwargs)
-
-    monkeypatch.setattr(writer, "save_file", save)
-    export(Recorder(weights.tensors), CONFIG, tmp_path / "model", max_shard_size="50KB")
-    assert reads == []
+    export(Recorder(weights.tensors), CONFIG, tmp_path / "model", max_shard_size=size)
+    assert len(buffers) == len(weights.tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -83,9 +84,11 @@ def test_export_rounds_exactly(weights, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("size", ["5GB", "50KB"])
-def test_export_of_an_export_is_equal_in_every_byte(weights, tmp_path, size):
-    first = export(weights, CONFIG, tmp_path / "first", max_shard_size=size)
-    second = export(HfReader(first), read_config(first), tmp_path / "second", max_shard_size=size)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_export_of_an_export_is_equal_in_every_byte(weights, tmp_path, size, dtype):
+    options = {"dtype": dtype, "max_shard_size": size}
+    first = export(weights, CONFIG, tmp_path / "first", **options)
+    second = export(HfReader(first), read_config(first), tmp_path / "second", **options)
     assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
 
 
@@ -135,25 +138,49 @@ def test_other_files(weights, tmp_path):
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read one may read all
 
 
+class Failing(Weights):
+    """A reader that raises at its eighth tensor."""
+
+    def __init__(self, weights: Weights, error: BaseException) -> None:
+        super().__init__(weights.tensors)
+        self.error = error
+        self.left = 7
+
+    def copy_to(self, name, out, index=None):
+        if not self.left:
+            raise self.error
+        self.left -= 1
+        super().copy_to(name, out, index)
+
+
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_failure_leaves_nothing_behind(weights, tmp_path, monkeypatch, existing):
+@pytest.mark.parametrize("error", [UserError("shard: cannot be read"), KeyboardInterrupt()], ids=["file", "ctrl-c"])
+def test_a_failure_leaves_nothing_behind(weights, tmp_path, existing, error):
     out = tmp_path / "model"
     if existing:
         export(weights, CONFIG, out, card="old")
     before = sorted(tmp_path.rglob("*"))
-    calls = []
-
-    def fail_at_the_second(tensors, *args, **kwargs):
-        calls.append(tensors)
-        if len(calls) == 2:
-            raise OSError("No space left on device")
-        save_file(tensors, *args, **kwargs)
-
-    monkeypatch.setattr(writer, "save_file", fail_at_the_second)
-    with pytest.raises(OSError, match="No space left"):
-        export(weights, CONFIG, out, max_shard_size="50KB", card="new", overwrite=True)
+    with pytest.raises(type(error)) as raised:
+        export(Failing(weights, error), CONFIG, out, max_shard_size="50KB", card="new", overwrite=True)
+    assert raised.value is error
     assert sorted(tmp_path.rglob("*")) == before
     assert not existing or (out / "README.md").read_text() == "old"
+
+
+def test_a_disk_that_takes_no_more_is_one_clear_error(weights, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Not a disk that is full, but the system refuses in the same way to write on.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            export(weights, CONFIG, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"{tmp_path / 'model'}: File too large; make room, or export to another folder that you may write to: nothing "
+        "was exported"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_export_left_is_cleared(weights, tmp_path):
@@ -183,7 +210,9 @@ def test_only_a_model_folder_is_overwritten_and_only_on_request(weights, tmp_pat
         export(weights, CONFIG, tmp_path / "home", overwrite=True)
     with pytest.raises(UserError, match="it is a file"):
         export(weights, CONFIG, tmp_path / "home" / "thesis.txt", overwrite=True)
-    with pytest.raises(UserError, match="export to a folder you may write to"):
+    with pytest.raises(
+        UserError, match="Not a directory; make room, or export to another folder that you may write to"
+    ):
         export(weights, CONFIG, tmp_path / "home" / "thesis.txt" / "model")
 
 
@@ -211,3 +240,57 @@ def test_sliding_layers_cannot_be_exported(weights, tmp_path):
         export(weights, sliding, tmp_path / "model")
     full = dataclasses.replace(CONFIG, layer_types=("full_attention",) * 2)
     assert read_config(export(weights, full, tmp_path / "model")) == CONFIG
+
+
+# Elsewhere than on a local disk.
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A place in memory that fsspec opens as it would a bucket."""
+    yield "memory://exports/run/model"
+    fsspec.filesystem("memory").rm("/exports", recursive=True)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", ["5GB", "50KB"])
+def test_an_export_to_a_url_is_the_same(weights, tmp_path, url, size):
+    options = {"max_shard_size": size, "card": "# Card"}
+    local = export(weights, CONFIG, tmp_path / "model", **options)
+    out = export(weights, CONFIG, url, **options)
+    assert (str(out), files(out)) == (url, files(local))
+    # A folder is a model once its config is there.
+    assert list(fsspec.filesystem("memory").store)[-1].endswith("/config.json")
+    again = export(HfReader(url), read_config(url), tmp_path / "again", **options)
+    assert files(again) == files(local)
+    ids = random_ids(CONFIG, 1, 9)
+    assert torch.equal(load_model(url)(ids), load_model(local)(ids))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_at_a_url_leaves_nothing_behind(weights, url, error):
+    (UPath(url).parent / "config.yaml").write_text("of the run")
+    kind, message = (UserError, "No space left on device; make room") if error.args else (KeyboardInterrupt, None)
+    with pytest.raises(kind, match=message):
+        export(Failing(weights, error), CONFIG, url, max_shard_size="50KB")
+    assert [path.name for path in UPath(url).parent.iterdir()] == ["config.yaml"]
+
+
+def test_a_model_at_a_url_is_replaced_as_a_whole(weights, url):
+    out = export(weights, CONFIG, url, max_shard_size="50KB")
+    with pytest.raises(UserError, match="model: the folder is not empty"):
+        export(weights, CONFIG, url)
+    with pytest.raises(UserError, match="model: it is read from, so it cannot be overwritten"):
+        export(HfReader(url), CONFIG, url, overwrite=True)
+    export(weights, CONFIG, url, overwrite=True)
+    assert sorted(files(out)) == ["config.json", "generation_config.json", "model.safetensors"]
+    # As an export leaves it that was killed.
+    (out / "config.json").unlink()
+    export(weights, CONFIG, url, overwrite=True)
+    (out / "config.json").unlink()
+    (out / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="something else than a model"):
+        export(weights, CONFIG, url, overwrite=True)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -69,7 +75,9 @@ BAD_TENSORS = {
     "model.layers.0.self_attn.q_proj.weight has shape [48, 48]; the config asks for [64, 48]": lambda t: t.update(
         {"model.layers.0.self_attn.q_proj.weight": torch.zeros(48, 48)}
     ),
-    "model.norm.weight is stored as I8": lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
+    "model.norm.weight is stored as int8; use one of float64, float32, bfloat16, float16": lambda t: t.update(
+        {"model.norm.weight": torch.ones(48, dtype=torch.int8)}
+    ),
 }
 
 
@@ -83,24 +91,107 @@ def test_tensors_that_do_not_fit_are_named(folder, tmp_path, message):
         with pytest.raises(UserError) as error:
             attempt(copy)
         assert message in str(error.value)
+        # What is missing is in no file.
+        assert "is missing" in message or str(error.value).startswith(f"{copy / 'model.safetensors'}: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_folders_are_explained(theirs, tmp_path):
+def edit_index(folder: Path, **changes: Any) -> None:
+    """Change what the index says of tensors; ... takes them out of it."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {k: v for k, v in (index["weight_map"] | changes).items() if v is not ...}
+    path.write_text(json.dumps(index))
+
+
+def move_out(folder: Path, name: str, to: str) -> None:
+    shutil.copytree(folder, folder.parent / "other")
+    edit_index(folder, **{name: to})
+
+
+def replace_shard(folder: Path) -> None:
+    shutil.copyfile(folder / "model-00001-of-00005.safetensors", folder / "model-00002-of-00005.safetensors")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+NORM = "model.norm.weight"
+OUTSIDE = "it must be a .safetensors file of the same folder"
+DAMAGE = {
+    "00002.*is not in it, though model.safetensors.index.json says so": replace_shard,
+    "00002-of-00005.safetensors: cannot be read .its header describes": lambda folder: cut(
+        folder / "model-00002-of-00005.safetensors"
+    ),
+    "00002-of-00005.safetensors: cannot be read .there is no such file": lambda folder: (
+        folder / "model-00002-of-00005.safetensors"
+    ).unlink(),
+    "index.json: not valid JSON": lambda folder: cut(folder / "model.safetensors.index.json"),
+    "index.json: weight_map is None; download it again": lambda folder: (
+        folder / "model.safetensors.index.json"
+    ).write_text("{}"),
+    "index.json: weight_map is .*; download": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": ["model-00001-of-00005.safetensors"]}'
+    ),
+    f"{NORM} is in it, though model.safetensors.index.json does not list it": lambda folder: edit_index(
+        folder, **{NORM: ...}
+    ),
+    f"{NORM} is said to be in '../other/model-00001-of-00005.safetensors'; {OUTSIDE}": lambda folder: move_out(
+        folder, NORM, "../other/model-00001-of-00005.safetensors"
+    ),
+    f"{NORM} is said to be in '/etc/passwd'; {OUTSIDE}": lambda folder: edit_index(folder, **{NORM: "/etc/passwd"}),
+    f"{NORM} is said to be in 'memory:.*; {OUTSIDE}": lambda folder: edit_index(
+        folder, **{NORM: "memory://other.safetensors"}
+    ),
+    f"{NORM} is said to be in '..'; {OUTSIDE}": lambda folder: edit_index(folder, **{NORM: ".."}),
+    f"{NORM} is said to be in 3; {OUTSIDE}": lambda folder: edit_index(folder, **{NORM: 3}),
+    "model-6.safetensors: cannot be read .there is no such file": lambda folder: edit_index(
+        folder, **{NORM: "model-6.safetensors"}
+    ),
+    "neither model.safetensors nor model.safetensors.index.json is there": lambda folder: (
+        folder / "model.safetensors.index.json"
+    ).unlink(),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damaged_folders_are_explained(theirs, tmp_path, message):
+    folder = tmp_path / "model"
+    theirs.save_pretrained(folder, max_shard_size="50KB")
+    DAMAGE[message](folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(folder)
+    assert str(error.value).startswith(str(folder))
+
+
+def test_nothing_is_unpickled(theirs, tmp_path):
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin, to safetensors first: nothing is ever unpickled"):
+        load_model(tmp_path)
+
+
+def test_of_two_copies_of_a_tensor_the_one_in_the_index_counts(theirs, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
-    shard = tmp_path / "model-00002-of-00005.safetensors"
-    shutil.copyfile(tmp_path / "model-00001-of-00005.safetensors", shard)
-    with pytest.raises(UserError, match=r"00002.*is not in it, though model.safetensors.index.json says so"):
-        load_model(tmp_path)
-    shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match="00002-of-00005.safetensors: cannot be read"):
-        load_model(tmp_path)
-    shard.unlink()
-    with pytest.raises(UserError, match="00002-of-00005.safetensors: cannot be read"):
-        load_model(tmp_path)
-    (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match="neither model.safetensors nor model.safetensors.index.json is there"):
-        load_model(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    other = tmp_path / next(shard for shard in index.values() if shard != index[NORM])
+    save_file(load_file(other) | {NORM: torch.zeros(48)}, other, metadata={"format": "pt"})
+    reader = HfReader(tmp_path)
+    assert torch.equal(reader.read(NORM), theirs.model.norm.weight)
+    assert reader.where(NORM) == str(tmp_path / index[NORM])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", ["5GB", "50KB"])
+def test_weights_of_any_dtype_are_loaded_exactly(folder, tmp_path, dtype, size):
+    stored = {name: t.to(dtype) for name, t in load_file(folder / "model.safetensors").items()}
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    huggingface_hub.save_torch_state_dict(stored, tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "50KB")
+    model = load_model(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name].float()), name
 
 
 # The hub.
@@ -116,9 +207,57 @@ def test_hub_models_come_from_the_cache_when_offline(theirs, folder, tmp_path, m
     assert resolve("someone/tiny-gemma") == repo / "snapshots" / commit
     ids = random_ids(CONFIG, 1, 9)
     assert_close(load_model("someone/tiny-gemma")(ids), theirs(ids).logits)
-    for name in ("someone/else", "no/such/folder", "./nothing"):
-        with pytest.raises(UserError, match=r"no such folder.*accept its terms.*hf auth login"):
+    with pytest.raises(UserError, match=r"^someone/else: no such folder, and not to be had .*offline.*check the name"):
+        load_model("someone/else")
+    for name in ("no/such/folder", "./nothing"):
+        with pytest.raises(UserError, match=f"^{name}: no such folder, and it is not the name of a model"):
             load_model(name)
+    with pytest.raises(UserError, match="^memory://no/model: no such folder; check the name$"):
+        load_model("memory://no/model")
+
+
+REFUSALS = {
+    "gated": (
+        403,
+        "GatedRepo",
+        "the model is gated; accept its terms on https://huggingface.co/a/gated and run `hf au",
+    ),
+    "absent": (
+        404,
+        "RepoNotFound",
+        "the Hugging Face hub shows no such model; check the name and, for a private model",
+    ),
+    "broken": (500, "", "not to be had from the Hugging Face hub or its local cache .*500.*; check the name and the"),
+}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    """The address of a hub that has no model to give."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, code, _ = REFUSALS[self.path.split("/")[4]]
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_hub_refuses_is_explained(hub, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=f"^a/{name}: no such folder, and {REFUSALS[name][2]}"):
+        resolve(f"a/{name}")
 
 
 def test_a_folder_needs_no_hub(folder):

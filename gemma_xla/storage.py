@@ -1,0 +1,143 @@
+"""Files wherever they are: local paths, and URLs of any file system that fsspec knows, such as gs:// and s3://."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from gemma_xla.errors import UserError
+
+Result = TypeVar("Result")
+
+# Seconds to wait before each further try.
+DELAYS = (1, 2, 4, 8)
+# What waiting does not mend.
+_LASTING = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
+}
+
+
+def location(text: str | Path) -> Path:
+    """Return the path of a local file or folder or, for a URL, an object with the methods of one.
+
+    Raises:
+        UserError: nothing installed can read such URLs.
+    """
+    if "://" not in str(text):
+        return Path(text).expanduser()
+    if str(text).startswith("file://"):
+        return Path(str(text).removeprefix("file://"))
+    from upath import UPath  # loads fsspec, which takes a while and which most runs do without
+
+    try:
+        path = UPath(text)
+        path.fs  # noqa: B018 (imports what the protocol needs)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{text}: such URLs cannot be opened: {error}; gs:// needs gcsfs and s3:// needs s3fs (pip install them)"
+        ) from error
+    return path
+
+
+def is_local(path: Path) -> bool:
+    return isinstance(path, Path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file that is never seen half-written."""
+    if not is_local(path):
+        # Objects appear when they are whole.
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a local file's bytes, or a local folder's list of files, are on the disk."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and what it holds, if it is there."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a folder to a free name of the same file system."""
+    if is_local(source):
+        source.rename(target)
+    else:
+        source.fs.mv(source.path, target.path, recursive=True)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy the files of a folder, and of the folders in it, into another that may be elsewhere."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_tree(path, target / path.name)
+            continue
+        with path.open("rb") as read, (target / path.name).open("wb") as write:
+            shutil.copyfileobj(read, write, 1 << 20)
+
+
+@contextlib.contextmanager
+def fetched(folder: Path) -> Iterator[Path]:
+    """A local folder as it is; for another, a copy of it on this machine until the end of the block."""
+    if is_local(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        local = Path(parent) / folder.name
+        copy_tree(folder, local)
+        yield local
+
+
+def retried(action: Callable[[], Result], what: str, say: Callable[[str], None]) -> Result:
+    """Return ``action()``; try again a few times, waiting longer each time, where that may help.
+
+    Args:
+        action: can be repeated.
+        what: what it does, for the messages.
+        say: told of each further try.
+    """
+    for delay in DELAYS:
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 (each file system has its own)
+            if getattr(error, "errno", None) in _LASTING:
+                raise
+            say(f"{what} failed ({reason(error)}); trying again in {delay} s")
+            time.sleep(delay)
+    return action()
+
+
+def reason(error: BaseException) -> str:
+    """An error in a few words."""
+    text = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0]
+    return text or type(error).__name__
