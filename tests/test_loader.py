@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -12,19 +14,29 @@ import torch
 
 from gemma_xla.config import DataSection
 from gemma_xla.data.documents import Corpus
-from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states, prefetch
+from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states
+from gemma_xla.data.prefetch import prefetch
+from gemma_xla.data.readers import FileReader
 from gemma_xla.data.tokenizer import train_tokenizer
 from gemma_xla.errors import UserError
 from tests.conftest import make_texts, write_jsonl
 
 ROWS = 4
 SEQ_LEN = 32
+# Smaller than the texts are many, so that streams have several.
+BLOCK = 7
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("gemma_xla.data.streams.BLOCK", BLOCK)
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    gc.collect()
+    if workers():
+        gc.collect()
     assert not workers()
 
 
@@ -37,6 +49,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for name, count, seed in (("many", 60, 1), ("few", 10, 2), ("one", 1, 3)):
         write_jsonl(folder / f"{name}.jsonl", make_texts(count, seed))
+    (folder / "shards").mkdir()
+    for number, count in enumerate((9, 1, 17)):
+        file = write_jsonl(folder / "shards" / f"{number}.jsonl", make_texts(count, 10 + number))
+        file.with_suffix(".jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
     return folder
 
 
@@ -48,10 +64,11 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(params=["map", "stream", "mixed"])
 def config(request, folder) -> DataSection:
     many, few = {"path": f"{folder}/many.jsonl"}, {"path": f"{folder}/few.jsonl", "weight": 0.3}
+    folder_of_shards = {"path": f"{folder}/shards/*.jsonl.gz", "weight": 0.7}
     train = {
         "map": [many],
         "stream": [{**many, "streaming": True}],
-        "mixed": [many, {**few, "streaming": True}],
+        "mixed": [{**many, "weight": 2.0}, {**few, "streaming": True}, {**folder_of_shards, "streaming": True}],
     }[request.param]
     return DataSection(train=train, eval_fraction=0.2, seq_len=SEQ_LEN, prefetch=3)
 
@@ -115,24 +132,6 @@ class TestTraining:
         for loader in many:
             loader.close()
 
-    @pytest.mark.parametrize("before, after", [(1, 1), (1, 4), (4, 2)])
-    def test_resume_is_exact(self, config, tokenizer, before, after):
-        with train_loader(config, tokenizer) as loader:
-            expected = take([loader], 50)[37:]
-        interrupted = [train_loader(config, tokenizer, rows) for rows in hosts(before)]
-        take(interrupted, 37)
-        state = json.loads(json.dumps(merge_states(loader.state_dict() for loader in interrupted)))
-        assert any(lane["offset"] for lane in state["lanes"].values()), "no document is in progress"
-        for loader in interrupted:
-            loader.close()
-        resumed = [train_loader(config, tokenizer, rows) for rows in hosts(after)]
-        for loader in resumed:
-            loader.load_state_dict(state)
-        assert_equal(take(resumed, 13), expected)
-        assert merge_states(loader.state_dict() for loader in resumed)["batches"] == 50
-        for loader in resumed:
-            loader.close()
-
     def test_going_back_and_pausing(self, config, tokenizer):
         with train_loader(config, tokenizer) as loader:
             start = loader.state_dict()
@@ -175,14 +174,71 @@ class TestTraining:
             assert loader.describe() == "row 2: data.train[0] document 2\nrow 3: data.train[0] document 3"
 
 
+class TestResume:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_an_interrupted_run_sees_the_batches_of_one_that_is_not(self, config, tokenizer, seed):
+        """Interrupted anywhere, by crashes and not, on other numbers of hosts, with other numbers of batches ahead."""
+        draw, total = random.Random(seed), 150
+        with train_loader(config, tokenizer) as loader:
+            expected = take([loader], total)
+        state, done, middles = None, 0, 0
+        while done < total:
+            changed = config.model_copy(update={"prefetch": draw.randint(1, 4)})
+            loaders = [train_loader(changed, tokenizer, rows) for rows in hosts(draw.choice([1, 2, 4]))]
+            for loader in loaders:
+                if state is not None:
+                    loader.load_state_dict(state)
+            count = min(draw.randint(1, 30), total - done)
+            assert_equal(take(loaders, count), expected[done : done + count])
+            done += count
+            state = json.loads(json.dumps(merge_states(loader.state_dict() for loader in loaders)))
+            assert state["batches"] == done
+            middles += any(lane["offset"] for lane in state["lanes"].values())
+            for loader in loaders:
+                loader.close()
+        assert middles > 3, "no document was in progress"
+        assert all(stream is None or stream["epoch"] > 0 for stream in state["streams"])
+
+    @pytest.mark.parametrize("batches", [5, 90, 1500])
+    def test_a_resume_does_not_read_what_is_done(self, folder, tokenizer, monkeypatch, batches):
+        config = DataSection(train=[{"path": f"{folder}/many.jsonl", "streaming": True}], seq_len=8, prefetch=1)
+        with train_loader(config, tokenizer) as loader:
+            take([loader], batches)
+            state = loader.state_dict()
+            expected = take([loader], 1)
+        read, plain = [], FileReader.read
+
+        def spying(self: FileReader, file: str, start: int | None = None) -> Iterator[tuple[str, int]]:
+            return (read.append(row) or row for row in plain(self, file, start))
+
+        with train_loader(config, tokenizer) as resumed:
+            monkeypatch.setattr(FileReader, "read", spying)
+            resumed.load_state_dict(state)
+            assert read == []
+            assert_equal(take([resumed], 1), expected)
+            assert state["streams"][0]["epoch"] >= {5: 0, 90: 1, 1500: 20}[batches]
+        # What lies between the first lane and the last, and a block before and after; the batches made ahead.
+        cursors = [lane["cursors"][0] for lane in state["lanes"].values()]
+        assert len(read) <= (max(cursors) - min(cursors) + 1) * ROWS + 2 * BLOCK + 3 * ROWS
+
+    def test_the_size_of_a_position_does_not_grow(self, config, tokenizer):
+        with train_loader(config, tokenizer) as loader:
+            sizes = []
+            for _ in range(2):
+                take([loader], 100)
+                sizes.append(len(json.dumps(loader.state_dict())))
+        assert sizes[1] < sizes[0] + 20
+        assert sizes[1] < 1500
+
+
 class TestEvaluation:
     def test_train_and_eval_share_out_the_documents(self, config, tokenizer, folder):
         corpus = Corpus(config, seed=0)
         loader = EvalLoader(corpus, tokenizer, num_rows=ROWS, rows=range(ROWS))
         held_out = documents_in(loader, tokenizer)
-        everything = {json.loads(line)["text"] for line in (folder / "many.jsonl").open()}
-        if len(config.train) == 2:
-            everything |= {json.loads(line)["text"] for line in (folder / "few.jsonl").open()}
+        everything = make_texts(60, 1)
+        if len(config.train) == 3:
+            everything += make_texts(10, 2) + make_texts(9, 10) + make_texts(1, 11) + make_texts(17, 12)
         trained = list(corpus.texts())
         assert sorted([*trained, *held_out]) == sorted(everything)
         assert 2 <= len(held_out) <= 30
@@ -266,6 +322,33 @@ class TestMistakes:
         config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)
         state = train_loader(config, tokenizer, seed=1).state_dict()
         with pytest.raises(UserError, match="has seed 1, but this run has 0"):
+            train_loader(config, tokenizer).load_state_dict(state)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_position_of_other_text(self, tmp_path, tokenizer, streaming):
+        texts = make_texts(10, 5)
+        config = DataSection(train=[{"path": f"{tmp_path}/a.jsonl", "streaming": streaming}], seq_len=8)
+        write_jsonl(tmp_path / "a.jsonl", texts)
+        state = train_loader(config, tokenizer).state_dict()
+        write_jsonl(tmp_path / "a.jsonl", [texts[0][::-1], *texts[1:]])
+        with pytest.raises(UserError, match=r"^data.train\[0\]: its text is not that of the saved position"):
+            train_loader(config, tokenizer).load_state_dict(state)
+
+    def test_position_of_text_that_moved(self, tmp_path, tokenizer):
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+            write_jsonl(tmp_path / name / "a.jsonl", make_texts(10, 5))
+        here, there = (DataSection(train=f"{tmp_path}/{name}", seq_len=8) for name in ("here", "there"))
+        with train_loader(here, tokenizer) as loader, train_loader(there, tokenizer) as moved:
+            take([loader], 3)
+            moved.load_state_dict(loader.state_dict())
+            assert_equal(take([moved], 3), take([loader], 3))
+
+    def test_position_of_another_version(self, folder, tokenizer):
+        config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)
+        state = train_loader(config, tokenizer).state_dict()
+        del state["setup"]["content"], state["streams"]
+        with pytest.raises(UserError, match="is of another version of gemma_xla; continue with that version, or start"):
             train_loader(config, tokenizer).load_state_dict(state)
 
     def test_position_of_one_host_only(self, folder, tokenizer):

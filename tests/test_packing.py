@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
 import datasets
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_xla.data.documents import Document, IndexedDocuments, StreamDocuments, uniform
-from gemma_xla.data.packing import Lane, pack
-from gemma_xla.data.sources import Source
+from gemma_xla.data.documents import IndexedDocuments
+from gemma_xla.data.draws import uniform
+from gemma_xla.data.packing import Document, Lane, pack
+from gemma_xla.data.sources import IndexedSource, StreamSource
+from gemma_xla.data.streams import Stream, StreamDocuments
 from gemma_xla.model.loss import IGNORE_INDEX
 
 PAD, EOS, BOS = 0, 1, 2
@@ -24,9 +27,23 @@ def encode(text: str) -> np.ndarray:
     return np.array([BOS, *range(1000 * number + 1000, 1000 * number + 1000 + length), EOS], dtype=np.int32)
 
 
-def source(lengths: list[int] = LENGTHS) -> Source:
-    texts = [f"{number} {length}" for number, length in enumerate(lengths)]
-    return Source("data.train[0]", datasets.Dataset.from_dict({"text": texts}), "text")
+def texts_of(lengths: list[int]) -> list[str]:
+    return [f"{number} {length}" for number, length in enumerate(lengths)]
+
+
+def source(lengths: list[int]) -> IndexedSource:
+    return IndexedSource("data.train[0]", 1.0, datasets.Dataset.from_dict({"text": texts_of(lengths)}), "text")
+
+
+def stream(lanes: range) -> StreamDocuments:
+    """The documents in order, again and again, for some of four lanes."""
+
+    def shard(place: int | None) -> Iterator[tuple[str, int]]:
+        for number in range(place or 0, len(LENGTHS)):
+            yield texts_of(LENGTHS)[number], number + 1
+
+    documents = Stream(StreamSource("data.train[0]", 1.0, [shard]), lambda text: True, None)
+    return StreamDocuments(documents, encode, lanes, 4)
 
 
 def indexed(lengths: list[int] = LENGTHS, lanes: int = 4, key: tuple | None = ("order", 0)) -> IndexedDocuments:
@@ -71,20 +88,16 @@ class TestDocuments:
         assert order(None, 0) == order(None, 1) == [f"data.train[0] document {i}" for i in range(len(LENGTHS))]
 
     def test_stream_equals_index(self):
-        lanes = range(4)
-        texts = [source().text(i) for i in range(len(LENGTHS))]
-        stream = StreamDocuments("data.train[0]", lambda: iter(texts * 3), encode, lanes, 4)
-        plain = indexed(key=None)
+        streamed, plain = stream(range(4)), indexed(key=None)
         # One lane far ahead of the others.
         for lane, cursor in [(2, 0), (2, 1), (2, 2), (2, 3), (2, 4), (0, 0), (1, 0), (3, 0), (3, 1), (0, 1)]:
-            assert stream.get(lane, cursor).tokens.tolist() == plain.get(lane, cursor).tokens.tolist()
+            assert streamed.get(lane, cursor).tokens.tolist() == plain.get(lane, cursor).tokens.tolist()
 
     def test_stream_keeps_only_what_its_lanes_will_read(self):
-        texts = [source().text(i) for i in range(len(LENGTHS))]
-        stream = StreamDocuments("data.train[0]", lambda: iter(texts), encode, range(1, 3), 4)
-        stream.seek({1: 2, 2: 3})
-        assert stream.get(2, 3).tokens.tolist() == encode(texts[14]).tolist()
-        assert {lane: list(queue) for lane, queue in stream._waiting.items()} == {1: [texts[9], texts[13]], 2: []}
+        texts, documents = texts_of(LENGTHS), stream(range(1, 3))
+        documents.seek({1: 2, 2: 3}, documents.position({1: 2, 2: 3}))
+        assert documents.get(2, 3).tokens.tolist() == encode(texts[14]).tolist()
+        assert {lane: list(queue) for lane, queue in documents._waiting.items()} == {1: [texts[9], texts[13]], 2: []}
 
 
 class TestLane:

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
 
-from gemma_xla.data.sources import find_files
+from gemma_xla.data.files import find_files
 from gemma_xla.data.tokenizer import check_tokenizer, document_encoder, load_tokenizer, train_tokenizer
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import GemmaConfig

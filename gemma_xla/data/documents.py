@@ -3,33 +3,24 @@
 The global batch of a step has L rows. Row r of every global batch is *lane* r, and each lane reads documents of its
 own: of a source's endless sequence (epoch after epoch, each in another order) lane r gets the documents number r,
 r + L, r + 2L, ... Whichever process computes a lane computes the same rows, so batches do not depend on the number of
-processes, and a lane's position is one number per source.
+processes, and a lane's position is one number per source (for streams, with a place to read on from).
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from gemma_xla.config import DataSection, SourceSection
-from gemma_xla.data.sources import Source, open_source
+from gemma_xla.data.draws import generator, uniform
+from gemma_xla.data.opening import open_source
+from gemma_xla.data.packing import Document, Encode
+from gemma_xla.data.sources import IndexedSource, Source, StreamSource
+from gemma_xla.data.streams import Stream, StreamDocuments
 from gemma_xla.errors import UserError
-
-Encode = Callable[[str], np.ndarray]
-
-
-class Document(NamedTuple):
-    """Tokens of a document, or of a part of it, and what to call it in messages."""
-
-    name: str
-    tokens: np.ndarray
 
 
 class Corpus:
@@ -76,16 +67,16 @@ class Corpus:
             else:
                 yield text
 
-    def train_documents(self, encode: Encode, lanes: range, num_lanes: int) -> list[IndexedDocuments | StreamDocuments]:
+    def train_documents(self, encode: Encode, lanes: range, num_lanes: int) -> list[TrainDocuments]:
         """Return, for each training source, what hands its documents to the lanes."""
-        documents: list[IndexedDocuments | StreamDocuments] = []
+        shuffle = self.config.shuffle
+        documents: list[TrainDocuments] = []
         for number, source in enumerate(self.train_sources):
-            if (split := self._splits[number]) is None:
-                texts = self._endless(number, source)
-                documents.append(StreamDocuments(source.field, texts, encode, lanes, num_lanes))
+            if isinstance(source, StreamSource):
+                documents.append(StreamDocuments(self._stream(number, source, shuffle), encode, lanes, num_lanes))
             else:
-                key = ("order", self.seed, number) if self.config.shuffle else None
-                documents.append(IndexedDocuments(source, split[0], encode, num_lanes, key))
+                key = ("order", self.seed, number) if shuffle else None
+                documents.append(IndexedDocuments(source, self._splits[number][0], encode, num_lanes, key))
         return documents
 
     def eval_documents(self, encode: Encode) -> Iterator[Document]:
@@ -116,36 +107,23 @@ class Corpus:
         """Whether a stream's document is held out: by its text, as shuffling changes its number."""
         return bool(self._fraction) and uniform("split", self.seed, text) < self._fraction
 
+    def _stream(self, number: int, source: StreamSource, shuffle: bool) -> Stream:
+        return Stream(source, lambda text: not self._held_out(text), ("stream", self.seed, number) if shuffle else None)
+
     def _train_texts(self, number: int, source: Source) -> Iterator[str]:
-        if (split := self._splits[number]) is not None:
-            order = generator("texts", self.seed, number).permutation(split[0])
-            return (source.text(int(index)) for index in order)
-        return (text for text in source.stream(0, self.seed) if not self._held_out(text))
-
-    def _endless(self, number: int, source: Source) -> Callable[[], Iterator[str]]:
-        """A function that begins to read a stream's training documents, epoch after epoch."""
-        seed = self.seed + number if self.config.shuffle else None
-
-        def texts() -> Iterator[str]:
-            for epoch in itertools.count():
-                found = False
-                for text in source.stream(epoch, seed):
-                    if not self._held_out(text):
-                        found = True
-                        yield text
-                if not found:
-                    raise UserError(f"{source.field}: no document is left to train on; lower data.eval_fraction")
-
-        return texts
+        if isinstance(source, StreamSource):
+            return self._stream(number, source, shuffle=True).once()
+        order = generator("texts", self.seed, number).permutation(self._splits[number][0])
+        return (source.text(int(index)) for index in order)
 
     def _eval_texts(self) -> Iterator[tuple[str, str]]:
         for source in self._eval_sources:
-            for index, text in enumerate(source.stream()):
+            for index, text in enumerate(source.texts()):
                 yield f"{source.field} document {index}", text
         if self._fraction:
             for source, split in zip(self.train_sources, self._splits, strict=True):
-                if split is None:
-                    held_out = ((i, text) for i, text in enumerate(source.stream()) if self._held_out(text))
+                if isinstance(source, StreamSource):
+                    held_out = ((i, text) for i, text in enumerate(source.texts()) if self._held_out(text))
                 else:
                     held_out = ((int(i), source.text(int(i))) for i in split[1])
                 for index, text in held_out:
@@ -159,7 +137,7 @@ class IndexedDocuments:
     batch would be copies of each other.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, encode: Encode, num_lanes: int, key: tuple | None):
+    def __init__(self, source: IndexedSource, indices: np.ndarray, encode: Encode, num_lanes: int, key: tuple | None):
         self._source = source
         self._indices = indices
         self._num_lanes = num_lanes
@@ -170,8 +148,11 @@ class IndexedDocuments:
         # Parts of a document are asked for one by one, but it is only tokenized as a whole.
         self._tokens = lru_cache(maxsize=None if self._parts > 1 else 0)(lambda i: encode(source.text(i)))
 
-    def seek(self, cursors: dict[int, int]) -> None:
-        """Prepare for reading lanes from the given positions: nothing to do."""
+    def seek(self, cursors: dict[int, int], position: None) -> None:
+        """Prepare for reading lanes from the given numbers of documents on: nothing to do."""
+
+    def position(self, cursors: dict[int, int]) -> None:
+        """Return where reading has to begin: nowhere, as each document is read by its number."""
 
     def get(self, lane: int, cursor: int) -> Document:
         """Return document number ``cursor`` of a lane."""
@@ -189,55 +170,7 @@ class IndexedDocuments:
         return np.arange(count) if self._key is None else generator(*self._key, epoch).permutation(count)
 
 
-class StreamDocuments:
-    """A stream's training documents, read in order; those of other processes' lanes are passed over.
-
-    Lanes that meet long documents lag behind, and the documents they will need wait in memory: over a long run, on
-    the order of the square root of the number of documents read.
-    """
-
-    def __init__(
-        self, field: str, texts: Callable[[], Iterator[str]], encode: Encode, lanes: range, num_lanes: int
-    ) -> None:
-        self._field = field
-        self._begin = texts
-        self._encode = encode
-        self._num_lanes = num_lanes
-        self.seek(dict.fromkeys(lanes, 0))
-
-    def seek(self, cursors: dict[int, int]) -> None:
-        """Prepare for reading lanes from the given positions: the stream is read anew up to there.
-
-        Exact, where a snapshot of a stream would lose what its shuffle buffer holds.
-        """
-        self._first = cursors
-        self._waiting: dict[int, deque[str]] = {lane: deque() for lane in cursors}
-        self._numbered = enumerate(self._begin())
-
-    def get(self, lane: int, cursor: int) -> Document:
-        """Return document number ``cursor`` of a lane; each lane must ask for its documents in order."""
-        while not self._waiting[lane]:
-            number, text = next(self._numbered)
-            place, owner = divmod(number, self._num_lanes)
-            if owner in self._first and place >= self._first[owner]:
-                self._waiting[owner].append(text)
-        text = self._waiting[lane].popleft()
-        return Document(f"{self._field} document {lane + cursor * self._num_lanes} of the stream", self._encode(text))
-
-
-def uniform(*key: int | str) -> float:
-    """Return a number in [0, 1) that depends on ``key`` alone."""
-    # 53 bits: what a float holds, so that the result stays below 1.
-    return (_digest(key) >> 11) / 2**53
-
-
-def generator(*key: int | str) -> np.random.Generator:
-    """Return a random generator whose numbers depend on ``key`` alone."""
-    return np.random.default_rng(_digest(key))
-
-
-def _digest(key: tuple[int | str, ...]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+TrainDocuments = IndexedDocuments | StreamDocuments
 
 
 def _open_all(sections: list[SourceSection], name: str) -> list[Source]:

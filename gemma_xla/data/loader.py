@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from queue import Empty, Queue
-from threading import Event, Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gemma_xla.data.documents import Corpus, Document
-from gemma_xla.data.packing import Lane, pack
+from gemma_xla.data.documents import Corpus, TrainDocuments
+from gemma_xla.data.packing import Document, Lane, pack
+from gemma_xla.data.prefetch import prefetch
+from gemma_xla.data.streams import first_position
 from gemma_xla.data.tokenizer import document_encoder
 from gemma_xla.errors import UserError
 from gemma_xla.model.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
-Item = TypeVar("Item")
 
 
 class TrainLoader:
@@ -41,9 +40,11 @@ class TrainLoader:
             "documents": [source.num_documents for source in corpus.train_sources],
             "weights": weights,
             "eval_fraction": 0.0 if config.eval else config.eval_fraction,
+            "content": [source.content for source in corpus.train_sources],
         }
+        self._fields = [source.field for source in corpus.train_sources]
         # Position and contents of the last batch delivered; batches made ahead do not count.
-        self._state = {"batches": 0, "lanes": _positions(self._lanes)}
+        self._state = {"batches": 0, **_positions(self._lanes, self._documents)}
         self._names: dict[int, list[str]] = {}
         self._batches: Iterator[_Made] | None = None
 
@@ -52,7 +53,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            made = _make(self._lanes, self._state["batches"], self._seq_len, self._pad)
+            made = _make(self._lanes, self._documents, self._state["batches"], self._seq_len, self._pad)
             self._batches = prefetch(made, self._prefetch)
         try:
             batch, self._state, self._names = next(self._batches)
@@ -74,17 +75,12 @@ class TrainLoader:
         Raises:
             UserError: it is the position of other data, or lanes of this process are missing in it.
         """
-        for name, value in self._setup.items():
-            if state["setup"].get(name) != value:
-                raise UserError(
-                    f"data: the saved position has {name} {state['setup'].get(name)}, but this run has {value}; "
-                    "continue with the same data, seed and rows per step, or start anew"
-                )
+        self._check_setup(state["setup"])
         if missing := [row for row in self._lanes if str(row) not in state["lanes"]]:
             raise UserError(f"data: the saved position lacks rows {missing}; merge the positions of all processes")
         self._stop()
         lanes = {str(row): state["lanes"][str(row)] for row in self._lanes}
-        self._state, self._names = {"batches": state["batches"], "lanes": lanes}, {}
+        self._state, self._names = {"batches": state["batches"], "lanes": lanes, "streams": state["streams"]}, {}
         self._rewind()
 
     def stats(self) -> dict[str, float]:
@@ -119,7 +115,22 @@ class TrainLoader:
         for row, lane in self._lanes.items():
             lane.load_state_dict(self._state["lanes"][str(row)])
         for number, documents in enumerate(self._documents):
-            documents.seek({row: lane.cursors[number] for row, lane in self._lanes.items()})
+            documents.seek(_cursors(self._lanes, number), self._state["streams"][number])
+
+    def _check_setup(self, setup: dict[str, Any]) -> None:
+        if setup.keys() != self._setup.keys():
+            raise UserError(
+                "data: the saved position is of another version of gemma_xla; continue with that version, or start anew"
+            )
+        for name, value in self._setup.items():
+            if setup[name] != value and name != "content":
+                raise UserError(
+                    f"data: the saved position has {name} {setup[name]}, but this run has {value}; "
+                    "continue with the same data, seed and rows per step, or start anew"
+                )
+        for field, theirs, ours in zip(self._fields, setup["content"], self._setup["content"], strict=True):
+            if theirs != ours:
+                raise UserError(f"{field}: its text is not that of the saved position; bring it back, or start anew")
 
 
 class EvalLoader:
@@ -161,49 +172,12 @@ class EvalLoader:
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Put together the positions of processes that own different rows of the same batch."""
     states = list(states)
-    return {**states[0], "lanes": {row: lane for state in states for row, lane in state["lanes"].items()}}
-
-
-def prefetch(items: Iterable[Item], size: int) -> Iterator[Item]:
-    """Yield ``items``, computing up to ``size`` ahead in a thread.
-
-    An exception of ``items`` is raised here, after the items before it. The thread ends with the generator.
-    """
-    ready: Queue[tuple[Item | None, BaseException | None]] = Queue(size)
-    stopped = Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-                if stopped.is_set():
-                    return
-            ready.put((None, StopIteration()))
-        except BaseException as error:  # whatever it is, the consumer must see it
-            ready.put((None, error))
-
-    thread = Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        _drain(ready, thread)
-
-
-def _drain(ready: Queue, thread: Thread) -> None:
-    """Wait for the thread, which may be waiting for room in the queue."""
-    while thread.is_alive():
-        try:
-            ready.get(timeout=0.02)
-        except Empty:
-            continue
+    streams = zip(*(state["streams"] for state in states), strict=True)
+    return {
+        **states[0],
+        "lanes": {row: lane for state in states for row, lane in state["lanes"].items()},
+        "streams": [first_position(positions) for positions in streams],
+    }
 
 
 class _Made(NamedTuple):
@@ -214,19 +188,29 @@ class _Made(NamedTuple):
     names: dict[int, list[str]]
 
 
-def _make(lanes: dict[int, Lane], batches: int, seq_len: int, pad_token_id: int) -> Iterator[_Made]:
+def _make(
+    lanes: dict[int, Lane], documents: list[TrainDocuments], batches: int, seq_len: int, pad_token_id: int
+) -> Iterator[_Made]:
     # Not a method: the thread must not keep the loader alive, or it would never end by itself.
     while True:
         rows = {row: lane.next_row() for row, lane in lanes.items()}
         batches += 1
         names = {row: [name for name, _ in pieces] for row, pieces in rows.items()}
         batch = pack(list(rows.values()), seq_len, pad_token_id)
-        yield _Made(batch, {"batches": batches, "lanes": _positions(lanes)}, names)
+        yield _Made(batch, {"batches": batches, **_positions(lanes, documents)}, names)
 
 
-def _positions(lanes: dict[int, Lane]) -> dict[str, Any]:
-    # Keys are text, as in JSON.
-    return {str(row): lane.state_dict() for row, lane in lanes.items()}
+def _positions(lanes: dict[int, Lane], documents: list[TrainDocuments]) -> dict[str, Any]:
+    return {
+        # Keys are text, as in JSON.
+        "lanes": {str(row): lane.state_dict() for row, lane in lanes.items()},
+        "streams": [source.position(_cursors(lanes, number)) for number, source in enumerate(documents)],
+    }
+
+
+def _cursors(lanes: dict[int, Lane], source: int) -> dict[int, int]:
+    """How many documents of a source each lane has finished."""
+    return {row: lane.cursors[source] for row, lane in lanes.items()}
 
 
 class _Successive:

@@ -9,16 +9,25 @@ Suffixes: B rows, T positions of a row.
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from gemma_xla.data.documents import Document, uniform
+from gemma_xla.data.draws import uniform
 from gemma_xla.model.loss import IGNORE_INDEX
 
-# What `F.cross_entropy` leaves out.
+# From a text to its tokens, ``[tokens]`` of int32.
+Encode = Callable[[str], np.ndarray]
+
+
+class Document(NamedTuple):
+    """Tokens of a document, or of a part of it, and what to call it in messages."""
+
+    name: str
+    tokens: np.ndarray
 
 
 class Documents(Protocol):

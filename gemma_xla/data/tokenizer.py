@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import re
 import tempfile
@@ -84,6 +85,7 @@ def train_tokenizer(
         tokenizer = _convert(temporary / "tokenizer.model", model_max_length)
         # The template goes into tokenizer_config.json, where every reader looks.
         tokenizer.save_pretrained(temporary, save_jinja_files=False)
+        _add_for_other_readers(temporary)
         temporary.replace(folder)
     return load_tokenizer(folder)
 
@@ -92,23 +94,42 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
-        UserError: there is none, it is not a fast tokenizer, or it has no token that starts, ends or pads a text.
+        UserError: there is none, it cannot be read, it is not a fast tokenizer, it has no vocabulary, or no token that
+            starts, ends or pads a text.
     """
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
     try:
-        folder = Path(name_or_path).expanduser()
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
+        ids = tokenizer("text", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the tokenizers library raises nothing more special
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"data.tokenizer: {str(name_or_path)!r} is neither a folder with a tokenizer nor the name of one on the "
-            f"hub that could be read: {reason}"
-        ) from error
+        if folder.is_dir():
+            message = f"the tokenizer in {name!r} cannot be read: {_broken_json(folder)}{reason}; copy the folder anew"
+        else:
+            message = (
+                f"{name!r} is neither a folder with a tokenizer nor the name of one on the hub that could be read: "
+                f"{reason}"
+            )
+        raise UserError(f"data.tokenizer: {message}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"data.tokenizer: {str(name_or_path)!r} has no fast tokenizer (tokenizer.json)")
-    for name in ("bos_token", "eos_token", "pad_token"):
-        if getattr(tokenizer, name) is None:
-            raise UserError(f"data.tokenizer: {str(name_or_path)!r} has no {name}; use a tokenizer of the Gemma family")
+        raise UserError(f"data.tokenizer: {name!r} has no fast tokenizer (tokenizer.json)")
+    for token in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"data.tokenizer: {name!r} has no {token}; use a tokenizer of the Gemma family")
+    # Without a vocabulary, transformers makes up a tokenizer of special tokens alone.
+    if set(ids) <= set(tokenizer.all_special_ids):
+        raise UserError(f"data.tokenizer: {name!r} has no vocabulary; it needs tokenizer.json or tokenizer.model")
     return tokenizer
+
+
+def _broken_json(folder: Path) -> str:
+    """Name the folder's first file that is not JSON, if there is one, to begin a message with."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return f"{file.name}: "
+    return ""
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: GemmaConfig) -> None:
@@ -225,3 +246,21 @@ def _added_tokens(proto: Any) -> Iterator[tuple[int, AddedToken]]:
             special = piece.type != user_defined or piece.piece in _TURNS
             # Runs of "▁" are runs of spaces, which only turn into "▁" when the text is normalized.
             yield index, AddedToken(piece.piece, normalized=piece.piece.startswith("▁"), special=special)
+
+
+def _add_for_other_readers(folder: Path) -> None:
+    """Rewrite the saved files so that `transformers` before 4.45 and llama.cpp's converter read them as we do.
+
+    The former know merges as "a b" (newer ones read both), the latter takes the kind of each special and user-defined
+    token from tokenizer_config.json.
+    """
+    backend_path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    backend, config = (json.loads(path.read_text(encoding="utf-8")) for path in (backend_path, config_path))
+    # No piece holds a space.
+    backend["model"]["merges"] = [" ".join(merge) for merge in backend["model"]["merges"]]
+    config["added_tokens_decoder"] = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in backend["added_tokens"]
+    }
+    for path, value in ((backend_path, backend), (config_path, config)):
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Finding the files that a path of the config stands for."""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+from pathlib import Path
+
+from gemma_xla.errors import UserError
+
+# Files of any other suffix are text.
+_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# A path that ends so is a file, even where none is: hub names do not.
+_SUFFIXES = (*_KINDS, ".txt", ".md", ".py", ".gz")
+# Folders of Python's standard library that are not the library.
+_STDLIB_EXCLUDED = {"site-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3"}
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` means files of this machine rather than a data set of the hub."""
+    marked = path.startswith(("/", "./", "../", "~", "{stdlib}")) or glob.has_magic(path)
+    return marked or path.endswith(_SUFFIXES) or Path(path).exists()
+
+
+def find_files(path: str, field: str) -> tuple[str, ...]:
+    """Return the files that a local path, folder (searched recursively) or glob stands for, sorted.
+
+    Raises:
+        UserError: there are none, or one is a link to nothing.
+    """
+    stdlib = sysconfig.get_path("stdlib")
+    root = Path(path.replace("{stdlib}", stdlib)).expanduser()
+    if glob.has_magic(str(root)) and not root.exists():
+        # Unlike Path.glob, it leaves hidden files out.
+        found = [Path(name) for name in glob.glob(str(root), recursive=True)]  # noqa: PTH207
+    elif root.is_dir():
+        found = [file for file in root.rglob("*") if not _hidden(file.relative_to(root))]
+    elif root.exists() or root.is_symlink():
+        found = [root]
+    else:
+        raise UserError(f"{field}.path: there is no file or folder {str(root)!r}; check the path")
+    if "{stdlib}" in path:
+        found = [file for file in found if not _STDLIB_EXCLUDED.intersection(file.relative_to(stdlib).parts)]
+    if broken := [file for file in found if not file.exists()]:
+        raise UserError(f"{field}.path: {broken[0]} is a link to a file that is not there; mend or remove it")
+    files = tuple(sorted(str(file) for file in found if file.is_file()))
+    if not files:
+        raise UserError(f"{field}.path: {path!r} matches no file; check the folder or pattern")
+    return files
+
+
+def file_kind(files: tuple[str, ...], field: str) -> str:
+    """Return what the files hold by their suffix, that of compression aside: ``json``, ``parquet`` or ``text``.
+
+    Raises:
+        UserError: there are several kinds: read as text, the braces of records would be learnt.
+    """
+    kinds = {_KINDS.get(Path(file.removesuffix(".gz")).suffix.lower(), "text") for file in files}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{field}.path: it holds files of several kinds ({', '.join(sorted(kinds))}); name one, such as "
+            "'folder/**/*.jsonl'"
+        )
+    return kinds.pop()
+
+
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in file.parts)

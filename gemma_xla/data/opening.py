@@ -1,0 +1,78 @@
+"""Opening text: local files, folders and globs, and data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+from gemma_xla.config import SourceSection
+from gemma_xla.data.files import file_kind, find_files, is_local
+from gemma_xla.data.hub import open_hub, quiet
+from gemma_xla.data.readers import FileReader, first_line
+from gemma_xla.data.sources import IndexedSource, Source, StreamSource, digest
+from gemma_xla.errors import UserError
+
+# Files that a stream is known again by; of a data set on the hub it is only the first, for the sake of a quick start.
+_SAMPLED_FILES = 16
+# Another number makes cached data sets anew: for when `FileReader` reads something differently.
+_READER_VERSION = "1"
+
+
+def open_source(section: SourceSection, field: str) -> Source:
+    """Open the text that ``section`` names; ``field`` is its name in the config, such as ``data.train[0]``.
+
+    Documents without text (empty, white space, null) do not count as documents.
+
+    Raises:
+        UserError: there is no such file or data set, it cannot be read, it holds no text, or has no such column.
+    """
+    return _open_local(section, field) if is_local(section.path) else _checked(open_hub(section, field), section)
+
+
+def _open_local(section: SourceSection, field: str) -> Source:
+    if section.subset or section.split != "train":
+        raise UserError(f"{field}: 'subset' and 'split' are for hub data sets, not for files; remove them")
+    files = find_files(section.path, field)
+    reader = FileReader(field, file_kind(files, field), section.column, section.sample_by)
+    shards = [partial(reader.read, file) for file in files]
+    stream = _checked(StreamSource(field, section.weight, shards, _SAMPLED_FILES), section)
+    return stream if section.streaming else IndexedSource(field, section.weight, _load(reader, files), "text")
+
+
+def _checked(source: Source, section: SourceSection) -> Source:
+    if next(source.texts(), None) is None:
+        raise UserError(f"{source.field}.path: there are no documents in {section.path!r}; name text that is not empty")
+    return source
+
+
+def _load(reader: FileReader, files: tuple[str, ...]) -> datasets.Dataset:
+    """All documents of the files as a data set in the cache, which is made again when a file changes."""
+    stats = [(Path(file).absolute(), Path(file).stat()) for file in files]
+    versions = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+    key = digest([_READER_VERSION, reader.kind, reader.column, reader.sample_by, *versions])
+    try:
+        with quiet():
+            return datasets.Dataset.from_generator(
+                _documents,
+                features=datasets.Features({"text": datasets.Value("large_string")}),
+                gen_kwargs={"reader": reader, "files": files},
+                fingerprint=key,
+            )
+    except (DatasetsError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(error, DatasetGenerationError) and isinstance(cause, UserError):
+            raise cause from cause.__cause__
+        raise UserError(
+            f"{reader.field}.path: the text could not be written to the cache {datasets.config.HF_DATASETS_CACHE}: "
+            f"{first_line(cause)}; free some space, or set HF_HOME to another folder"
+        ) from error
+
+
+def _documents(reader: FileReader, files: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    for file in files:
+        for text, _ in reader.read(file):
+            yield {"text": text}

@@ -1,0 +1,202 @@
+"""Reading the documents of local files, from any position on, with errors that name the file and the line.
+
+A document is a text with more in it than white space; all else (blank lines, empty files, nulls) is passed over. A
+position is a number that only its file's reader understands: bytes (before compression) in lines of text or JSON,
+records in parquet and in lists of JSON.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+from pyarrow import parquet
+
+from gemma_xla.data.sources import has_text
+from gemma_xla.errors import UserError, nearest
+
+_BOM = b"\xef\xbb\xbf"
+# Rows of a parquet file that become Python objects at a time.
+_BATCH_ROWS = 256
+# Characters of a bad record that a message shows.
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads files of one kind: ``json``, ``parquet`` or ``text``. ``field`` is their name in the config."""
+
+    field: str
+    kind: str
+    column: str = "text"
+    sample_by: str = "document"
+
+    def read(self, file: str, start: int | None = None) -> Iterator[tuple[str, int]]:
+        """Yield each document from position ``start`` (None: the start) on, and the position after it.
+
+        Raises:
+            UserError: the file cannot be read, or a record is not what it should be.
+        """
+        read = {"json": self._json, "parquet": self._parquet, "text": self._text}[self.kind]
+        with self._explained(file), _open(file) as stream:
+            for text, position in read(stream, file, start or 0):
+                if has_text(text):
+                    yield text, position
+
+    def _text(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[str, int]]:
+        if self.sample_by == "document":
+            if start == 0:
+                text = self._decode(stream.read(), file)
+                yield text.replace("\r\n", "\n").replace("\r", "\n"), 1
+            return
+        paragraph, end = [], start
+        for raw, begin, end in _lines(stream, start):
+            line = self._decode(raw, file, begin).rstrip("\r\n")
+            if self.sample_by == "line":
+                yield line, end
+            elif line.strip():
+                paragraph.append(line)
+            else:
+                yield "\n".join(paragraph), end
+                paragraph = []
+        yield "\n".join(paragraph), end
+
+    def _json(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[str | None, int]]:
+        if stream.read(64).lstrip(_BOM).lstrip().startswith(b"["):
+            stream.seek(0)
+            records = self._parse(self._decode(stream.read(), file), lambda line: f"{file}:{line}")
+            for number, record in enumerate(records[start:], start + 1):
+                yield self._value(record, lambda number=number: f"{file}, record {number}"), number
+            return
+        for raw, begin, end in _lines(stream, start):
+
+            def where(_: int = 1, begin: int = begin) -> str:
+                return f"{file}:{_line_number(file, begin)}"
+
+            if line := self._decode(raw, file, begin).strip():
+                yield self._value(self._parse(line, where), where), end
+
+    def _parquet(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[str | None, int]]:
+        table = parquet.ParquetFile(stream)
+        if self.column not in table.schema_arrow.names:
+            self._no_column(table.schema_arrow.names, file)
+        row, first = 0, 0
+        while first < table.num_row_groups and row + table.metadata.row_group(first).num_rows <= start:
+            row += table.metadata.row_group(first).num_rows
+            first += 1
+        groups = list(range(first, table.num_row_groups))
+        for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[self.column]):
+            for value in batch.column(0):
+                row += 1
+                if row > start:
+                    yield self._checked(value.as_py(), lambda row=row: f"{file}, row {row}"), row
+
+    def _parse(self, text: str, where: Callable[[int], str]) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            line, reason = 1, str(error)
+            if isinstance(error, json.JSONDecodeError):
+                line, reason = error.lineno, f"{error.msg}, column {error.colno}"
+            shown = _shown(text.split("\n")[line - 1])
+            raise UserError(
+                f"{self.field}.path: {where(line)} is not valid JSON ({reason}): {shown}; correct or remove it: "
+                "a file holds a record per line, or one list of records"
+            ) from error
+
+    def _value(self, record: Any, where: Callable[[], str]) -> str | None:
+        """The text of a JSON record."""
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{self.field}.path: {where()} holds no record but {_shown(json.dumps(record))}; write it as "
+                f'{{"{self.column}": "..."}} or remove it'
+            )
+        if self.column not in record:
+            self._no_column(list(record), where())
+        return self._checked(record[self.column], where)
+
+    def _checked(self, value: Any, where: Callable[[], str]) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise UserError(
+                f"{self.field}.column: column {self.column!r} of {where()} holds {type(value).__name__}, not text: "
+                f"{_shown(str(value))}; name another column or correct the record"
+            )
+        try:
+            # JSON can spell halves of characters, which are no text.
+            (value or "").encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.field}.path: {where()} holds half a surrogate pair, {value[error.start]!a}, which is no "
+                "character; correct or remove the record"
+            ) from error
+        return value
+
+    def _no_column(self, names: list[str], where: str) -> None:
+        raise UserError(
+            f"{self.field}.column: {where} has no column {self.column!r}{nearest(self.column, names)}; it has "
+            f"{', '.join(names[:10]) or 'none'}"
+        )
+
+    def _decode(self, raw: bytes, file: str, begin: int = 0) -> str:
+        try:
+            return (raw.removeprefix(_BOM) if begin == 0 else raw).decode()
+        except UnicodeDecodeError as error:
+            line = _line_number(file, begin) + error.object.count(b"\n", 0, error.start)
+            raise UserError(
+                f"{self.field}.path: {file}:{line} is not UTF-8 text (byte 0x{error.object[error.start]:02x}); "
+                "convert the file or leave it out"
+            ) from error
+
+    @contextmanager
+    def _explained(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, gzip.BadGzipFile, pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.field}.path: {file} is cut short, damaged, or of another kind than its name says: "
+                f"{first_line(error)}; fetch or write it again, or leave it out"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.field}.path: {file} cannot be read: {error.strerror or first_line(error)}"
+            ) from error
+
+
+def _open(file: str) -> BinaryIO:
+    return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
+
+
+def _lines(stream: BinaryIO, start: int) -> Iterator[tuple[bytes, int, int]]:
+    """Each line from byte ``start`` on, and the bytes at which it begins and ends."""
+    stream.seek(start)
+    end = start
+    for raw in stream:
+        begin, end = end, end + len(raw)
+        yield raw, begin, end
+
+
+def _line_number(file: str, begin: int) -> int:
+    """The number, from 1, of the line that begins at a byte; only counted when it is to be named."""
+    with _open(file) as stream:
+        number = 1
+        for _, _, end in _lines(stream, 0):
+            if end > begin:
+                break
+            number += 1
+    return number
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ...")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
