@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+from gemma_xla import interrupts
 from gemma_xla.config import RunConfig
 from gemma_xla.config_file import load_config
 from gemma_xla.errors import UserError
+from gemma_xla.storage import location
 from gemma_xla.xla import configure_environment
 
 
@@ -37,10 +38,12 @@ def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] |
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value, such as train.steps=10"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--resume", choices=["auto", "never"], help="the same as --set checkpoint.resume=...")
     args = parser.parse_args(argv)
+    overrides = [*args.set, *([f"checkpoint.resume={args.resume}"] if args.resume else [])]
 
     def start() -> None:
-        config = load_config(args.config, args.set)
+        config = load_config(args.config, overrides)
         configure_environment(config.mesh.virtual_devices)
         run(config)
 
@@ -49,21 +52,20 @@ def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] |
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:
     try:
-        action()
-    except UserError as error:
+        with interrupts.handled():
+            action()
+    except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        mistake = isinstance(error, UserError)
+        print(f"error: {error}" if mistake else str(error) or "interrupted", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 130))
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
-    parser.add_argument("folder", type=Path, metavar="RUN", help="the run's output_dir")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("folder", type=location, metavar="RUN", help="the run's output_dir")
+    parser.add_argument("out", type=location, metavar="OUT", help="the folder to write")
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
     parser.add_argument("--max-shard-size", default="5GB", help="the largest weight file (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")

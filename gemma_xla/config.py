@@ -8,8 +8,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from gemma_xla.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# Sizes and counts that a 32-bit integer holds, as the devices' own do.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+# What a float32 holds.
+PositiveFloat = Annotated[float, Field(gt=0, lt=3e38)]
+NonNegativeFloat = Annotated[float, Field(ge=0, lt=3e38)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -22,10 +26,19 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which Gemma to train."""
 
-    preset: str = "gemma-2b"
-    # GemmaConfig fields to change in the preset.
+    # A name, such as gemma-2b (the default where there is no `init_from`).
+    preset: str | None = None
+    # Start from the weights of a Hugging Face folder or hub id, whose config.json then takes the preset's place.
+    init_from: str | None = None
+    # GemmaConfig fields to change.
     overrides: dict[str, Any] = {}
     attention: Literal["auto", "reference", "sdpa"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_architecture(self) -> ModelSection:
+        if self.preset and self.init_from:
+            raise ValueError(f"preset is {self.preset!r} and init_from is {self.init_from!r}; give one of them")
+        return self
 
 
 class SourceSection(Section):
@@ -34,7 +47,7 @@ class SourceSection(Section):
     # A data set name on the Hugging Face hub, or a local file, folder or glob. "{stdlib}" stands for the folder of
     # Python's standard library, "~" for the home folder.
     path: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveFloat = 1.0
     # The column that holds the text (.jsonl, .parquet and hub data sets).
     column: str = "text"
     # What of a text file is a document: all of it, what stands between blank lines, or a line.
@@ -67,7 +80,7 @@ class DataSection(Section):
     # A folder or hub name with a tokenizer; when absent, one is trained on the training text with `vocab_size` tokens.
     tokenizer: str | None = None
     vocab_size: Positive | None = None
-    seq_len: Annotated[int, Field(ge=2)] = 8192
+    seq_len: Annotated[int, Field(ge=2, lt=2**31)] = 8192
     shuffle: bool = True
     # Batches made ready ahead of the step that needs them.
     prefetch: Positive = 2
@@ -86,14 +99,14 @@ class MeshSection(Section):
 class OptimizerSection(Section):
     """AdamW (arXiv:1711.05101)."""
 
-    lr: Annotated[float, Field(gt=0)] = 3e-4
+    lr: PositiveFloat = 3e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: PositiveFloat = 1e-8
     # Applied to matrices only: not to norms.
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     # Largest global gradient norm; 0 turns clipping off.
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip_norm: NonNegativeFloat = 1.0
 
 
 class ScheduleSection(Section):
@@ -127,6 +140,21 @@ class TrainSection(Section):
     layers: Literal["loop", "scan"] = "loop"
     # Positions per row whose logits exist at one time.
     loss_chunk: Positive = 512
+
+    @model_validator(mode="after")
+    def _the_schedule_fits(self) -> TrainSection:
+        schedule = self.schedule
+        if (schedule.kind == "wsd") != bool(schedule.decay_steps):
+            raise ValueError(
+                f"schedule.kind is {schedule.kind!r} and schedule.decay_steps is {schedule.decay_steps}; wsd needs "
+                "decay_steps, and nothing else takes them"
+            )
+        if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.decay_steps ({schedule.decay_steps}) do "
+                f"not fit into {self.steps} steps; lower them, or raise steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> TrainSection:
@@ -166,8 +194,18 @@ class CheckpointSection(Section):
     # Steps between checkpoints; 0: only at the end.
     every: Count = 0
     keep_last: Positive = 2
+    # Also keep those whose step is a multiple of this; 0: none.
+    keep_every: Count = 0
     # "auto" continues the newest complete checkpoint of the output folder, "never" refuses a folder that has one.
     resume: Literal["auto", "never"] = "auto"
+    # Keys that may differ from the checkpoint's config though that changes results, such as [train.optimizer.lr].
+    accept_changes: list[str] = []
+
+    @model_validator(mode="after")
+    def _kept_ones_exist(self) -> CheckpointSection:
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise ValueError(f"keep_every is {self.keep_every}; it must be a multiple of every, which is {self.every}")
+        return self
 
 
 class ExportSection(Section):
@@ -193,14 +231,15 @@ class HardwareSection(Section):
     # A name from `gemma-xla chips`; "auto": the chip that is there.
     chip: str = "auto"
     # Dollars per chip-hour; when absent, the catalogue's list price.
-    price: Annotated[float, Field(ge=0)] | None = None
+    price: NonNegativeFloat | None = None
 
 
 class RunConfig(Section):
     """Everything that decides what a run computes."""
 
-    output_dir: str
-    seed: Count = 0
+    # A folder, or a URL that fsspec knows, such as gs://bucket/run.
+    output_dir: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelSection = ModelSection()
     data: DataSection
     mesh: MeshSection = MeshSection()

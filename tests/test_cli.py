@@ -71,7 +71,7 @@ MISTAKES = {
     "data.train={folder}/empty.jsonl": "data.train[0].path: there are no documents in ",
     "data.eval={folder}/empty.jsonl": "data.eval[0].path: there are no documents in ",
     "data.train={path: {corpus}/train.jsonl, column: txt}": (
-        "data.train[0].column: '{corpus}/train.jsonl' has no column 'txt' (did you mean 'text'?); it has id, text"
+        "data.train[0].column: {corpus}/train.jsonl:1 has no column 'txt' (did you mean 'text'?); it has id, text"
     ),
     "data.train={path: {corpus}/train.jsonl, column: id}": "data.train[0].column: column 'id' of ",
     "data.tokenizer=no/such/tokenizer": "data.tokenizer: 'no/such/tokenizer' is neither a folder with a tokenizer nor",

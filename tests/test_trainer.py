@@ -31,8 +31,9 @@ TIMED = {"step_time", "run_time", "tokens_per_second_per_chip", "mfu", "mfu_full
 
 
 def fit(config) -> Trainer:
-    trainer = Trainer(Run(config))
-    trainer.fit()
+    with Run(config) as run:
+        trainer = Trainer(run)
+        trainer.fit()
     return trainer
 
 
@@ -246,10 +247,11 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     left = (crash - 1) // 2 * 2
     assert complete(tmp_path / "run" / "checkpoints")[-1].name == f"step-{left:08d}"
     assert len(losses(tmp_path / "run")) < crash
-    trainer = Trainer(Run(config))
-    assert trainer.step == left
-    assert f"Continuing from step {left} (" in capsys.readouterr().out
-    trainer.fit()
+    with Run(config) as run:
+        trainer = Trainer(run)
+        assert trainer.step == left
+        assert f"Continuing from step {left} (" in capsys.readouterr().out
+        trainer.fit()
     assert_same_bits(plain, tmp_path / "run")
     assert untimed(tmp_path / "run") == untimed(plain)
     ours, theirs = (read_state(complete(f / "checkpoints")[-1]) for f in (tmp_path / "run", plain))
@@ -278,14 +280,14 @@ def test_another_architecture_is_not_continued(plain, tiny_config):
     state = {path: path.stat().st_mtime_ns for path in (plain / "checkpoints").rglob("*")}
     overrides = "model.overrides.num_hidden_layers=3", "model.overrides.rope_theta=500.0"
     with pytest.raises(UserError) as error:
-        Trainer(Run(tiny_config(plain, *overrides)))
+        fit(tiny_config(plain, *overrides))
     assert "num_hidden_layers (2, now 3), rope_theta (10000.0, now 500.0); set the config back" in str(error.value)
     assert {path: path.stat().st_mtime_ns for path in (plain / "checkpoints").rglob("*")} == state
 
 
 def test_other_data_is_not_continued(plain, tiny_config):
     with pytest.raises(UserError, match="the saved position has num_rows 4, but this run has 8"):
-        Trainer(Run(tiny_config(plain, "train.batch_size=8")))
+        fit(tiny_config(plain, "train.batch_size=8"))
 
 
 def test_a_folder_with_a_checkpoint_can_be_refused(plain, tiny_config):
@@ -332,11 +334,12 @@ def test_the_documents_named_are_those_of_the_batch(tiny_config, tmp_path, monke
     texts, seen = make_texts(30, seed=1), []
     path = write_jsonl(tmp_path / "texts.jsonl", texts)
     at_step(monkeypatch, 2, spoil)
-    trainer = Trainer(Run(tiny_config(tmp_path / "run", f"data.train={path}")))
-    plain = trainer._next_micro_batches
-    monkeypatch.setattr(trainer, "_next_micro_batches", lambda: seen.append(plain()) or seen[-1])
-    with pytest.raises(TrainingError, match="step 2: .* there is no checkpoint yet") as error:
-        trainer.fit()
+    plain = Trainer._next_micro_batches
+    monkeypatch.setattr(Trainer, "_next_micro_batches", lambda self: seen.append(plain(self)) or seen[-1])
+    with Run(tiny_config(tmp_path / "run", f"data.train={path}")) as run:
+        trainer = Trainer(run)
+        with pytest.raises(TrainingError, match="step 2: .* there is no checkpoint yet") as error:
+            trainer.fit()
     for row, line in zip(seen[1][0]["input_ids"], str(error.value).split("\n")[1:], strict=True):
         names = line.partition(": ")[2].split(", ")
         pieces = [piece for piece in trainer.run.tokenizer.decode(row).split("<bos>") if piece]

@@ -14,6 +14,7 @@ from gemma_xla.checkpoint import open_run
 from gemma_xla.data.tokenizer import load_tokenizer
 from gemma_xla.infer.generate import generate_steps
 from gemma_xla.model.gemma import Gemma
+from gemma_xla.storage import fetched, location
 
 
 def open_model(name_or_path: str | Path) -> tuple[Gemma, Any]:
@@ -22,7 +23,7 @@ def open_model(name_or_path: str | Path) -> tuple[Gemma, Any]:
     Raises:
         UserError: it is none of these.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = location(name_or_path)
     if (folder / "checkpoints").is_dir():
         reader, config, _ = open_run(folder)
         with torch.device("meta"):
@@ -30,7 +31,8 @@ def open_model(name_or_path: str | Path) -> tuple[Gemma, Any]:
         for name in reader.names():
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, nn.Parameter(reader.read(name)))
-        tokenizer = load_tokenizer(folder / "tokenizer")
+        with fetched(folder / "tokenizer") as local:
+            tokenizer = load_tokenizer(local)
     else:
         model = hf.load_model(name_or_path)
         tokenizer = load_tokenizer(name_or_path)

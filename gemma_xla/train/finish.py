@@ -11,27 +11,30 @@ from gemma_xla.checkpoint import open_run
 from gemma_xla.config import RunConfig
 from gemma_xla.config_file import dump_config, validate
 from gemma_xla.hf import export, model_card
+from gemma_xla.storage import fetched
 from gemma_xla.train.metrics import plot, read_metrics, summary
 from gemma_xla.train.run import Run
 
 
 def finish(run: Run) -> None:
     """Draw, export, sample, and print what the run made. Call it on the first host."""
-    records = read_metrics(run.folder / "metrics.jsonl")
-    plot(records, run.folder / "curves.png", run.folder.name)
+    folder = run.folder
+    records = read_metrics(folder.metrics)
+    plot(records, folder.work / "curves.png", folder.path.name)
+    folder.publish()
     made = {
-        "config": run.folder / "config.yaml",
-        "metrics": run.folder / "metrics.jsonl",
-        "TensorBoard": run.folder / "tensorboard",
-        "curves": run.folder / "curves.png",
-        "tokenizer": run.tokenizer_folder,
-        "checkpoints": run.checkpoints,
+        "config": folder.config,
+        "metrics": folder.metrics,
+        "TensorBoard": folder.path / "tensorboard",
+        "curves": folder.path / "curves.png",
+        "tokenizer": folder.path / "tokenizer",
+        "checkpoints": folder.checkpoints,
     }
     section = run.config.export
     if section.at_end:
         made["model"] = export_run(
-            run.folder,
-            run.folder / "export",
+            folder.path,
+            folder.export,
             dtype=section.dtype,
             max_shard_size=section.max_shard_size,
             overwrite=True,
@@ -54,21 +57,23 @@ def export_run(folder: Path, out: Path, **options: Any) -> Path:
     reader, model_config, state = open_run(folder)
     config = validate(state["config"], str(folder))
     card = model_card(
-        folder.resolve().name,
+        folder.absolute().name,
         model_config,
         sources=_sources(config),
         metrics=_rounded(summary([r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= state["step"]])),
         run_config=dump_config(config),
     )
-    return export(reader, model_config, out, tokenizer=folder / "tokenizer", card=card, **options)
+    with fetched(folder / "tokenizer") as tokenizer:
+        return export(reader, model_config, out, tokenizer=tokenizer, card=card, **options)
 
 
 def sample(folder: Path, prompt: str, max_new_tokens: int = 64) -> str:
     """Continue ``prompt`` with the exported model, loaded by transformers as any other program would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with fetched(folder) as local:
+        model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(local)
     inputs = tokenizer(prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)

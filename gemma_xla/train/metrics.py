@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gemma_xla.checkpoint import replace_text
 from gemma_xla.chips import Chip, cost
 from gemma_xla.flops import FlopCounter
+from gemma_xla.storage import is_local, reason, replace_text
 
 
 class Meter:
@@ -68,20 +69,25 @@ class MetricsLog:
         """
         self.path = path
         self.accelerator = accelerator
+        self.enabled = enabled
         self.records = [r for r in read_metrics(path) if r["step"] <= start]
-        if enabled:
-            replace_text(path, "".join(json.dumps(r) + "\n" for r in self.records))
-        self._file = path.open("a", encoding="utf-8") if enabled else None
+        self._written = 0 if enabled else None
+        self._failing: set[str] = set()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not enabled, dynamic_ncols=True)
+        self._attempt("metrics", self._rewrite)
 
     def write(self, record: dict[str, float]) -> None:
         """Record figures of a step; ``record`` holds "step"."""
         self.records.append(record)
-        if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        step = int(record["step"])
-        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+        if self.enabled and is_local(self.path):
+            self._attempt("metrics", self._append)
+        figures = {k: v for k, v in record.items() if k != "step"}
+        self._attempt("trackers", lambda: self.accelerator.log(figures, step=int(record["step"])))
+
+    def flush(self) -> None:
+        """Bring the file up to date where lines cannot be added to it one by one."""
+        if self.enabled and not is_local(self.path):
+            self._attempt("metrics", self._rewrite)
 
     def advance(self, record: dict[str, float]) -> None:
         """Move the bar to a step just finished."""
@@ -94,13 +100,37 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._file:
+        if self.enabled:
             self.bar.write(text)
 
     def close(self) -> None:
+        self.flush()
         self.bar.close()
-        if self._file:
-            self._file.close()
+
+    def _rewrite(self) -> None:
+        if self.enabled:
+            replace_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+            self._written = len(self.records)
+
+    def _append(self) -> None:
+        if "metrics" in self._failing:
+            # The last line may have been cut.
+            self._rewrite()
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(r) + "\n" for r in self.records[self._written :]))
+        self._written = len(self.records)
+
+    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+        """A full disk or a tracker's server must not end a run: what could not be written is tried again later."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (each tracker has its own)
+            if what not in self._failing:
+                self.say(f"warning: {what} could not be written ({reason(error)}); training goes on")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

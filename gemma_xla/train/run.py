@@ -1,18 +1,11 @@
-"""A run: its devices, its folder, and what it keeps there.
-
-config.yaml      the resolved config
-tokenizer/       the tokenizer, copied or trained
-metrics.jsonl    a line per step and per evaluation
-tensorboard/     the same for TensorBoard
-checkpoints/     what the run continues from
-export/          the Hugging Face folder
-curves.png       loss and MFU
-"""
+"""A run: its config made concrete on the devices, the data and the folder that are there."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,18 +14,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torch_xla_available
 
-from gemma_xla import checkpoint
-from gemma_xla.checkpoint import replace_text
+from gemma_xla import checkpoint, hf
 from gemma_xla.chips import Chip, detect_gpu_chip, get_chip, measure_cpu_peak, topology
 from gemma_xla.config import RunConfig
 from gemma_xla.config_file import dump_config
 from gemma_xla.data.documents import Corpus
 from gemma_xla.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from gemma_xla.errors import UserError
-from gemma_xla.flops import FlopCounter
+from gemma_xla.flops import FlopCounter, num_parameters
 from gemma_xla.hf import copy_tokenizer
 from gemma_xla.model.config import GemmaConfig, preset
+from gemma_xla.train import checks
 from gemma_xla.train.build import plan_shards
+from gemma_xla.train.folder import RunFolder
+from gemma_xla.train.resume import check_changes, fingerprint, flatten
 from gemma_xla.xla import open_backend
 
 _PACKAGES = ("gemma_xla", "torch", "torch_xla", "transformers", "datasets", "accelerate", "safetensors")
@@ -47,30 +42,45 @@ class Run:
             UserError: the config does not suit the devices, the data or itself.
         """
         self.config = config
-        self.folder = Path(config.output_dir).expanduser()
-        self.model_config: GemmaConfig = preset(config.model.preset).replace(**config.model.overrides)
-        self._check_seq_len()
+        self.folder = RunFolder(config.output_dir)
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        config = self.config
+        self.init_folder = self._init_folder()
+        self.model_config = self._architecture()
+        checks.check_seq_len(config, self.model_config)
         self.flops = FlopCounter(self.model_config, config.data.seq_len)
         self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
         plan_shards(self.model_config, self.backend.mesh)
         self.accelerator = self._accelerator()
-        self._check_layers()
+        checks.check_layers(config, self.model_config, self.backend)
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
         self.chip, self.num_chips = self._chips()
         self.compute_dtype = self._compute_dtype()
-        self.checkpoints = self.folder / "checkpoints"
+        rows = self.micro_batch_rows * config.train.grad_accum
+        checks.check_memory(config, rows, num_parameters(self.model_config), self.backend)
         self._check_folder()
         self.corpus = Corpus(config.data, seed=config.seed)
+        if self.is_main:
+            self.folder.claim()
+        self.folder.fetch_tokenizer()
         self.tokenizer = self._open_tokenizer()
+        self.newest = checkpoint.newest(self.folder.checkpoints, self.say, self.backend)
+        if self.newest:
+            folder, state, _ = self.newest
+            check_changes(folder, state, self.state(), config.checkpoint.accept_changes)
+        elif self.init_folder:
+            self.weights = self._init_weights()
 
     @property
     def is_main(self) -> bool:
         """Whether this host reports and writes what all share."""
         return self.backend.process_index == 0
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        return self.folder / "tokenizer"
 
     def open_folder(self) -> None:
         """Write what a run's folder starts with, once everything has been checked.
@@ -78,25 +88,38 @@ class Run:
         Raises:
             UserError: the hosts do not see the same folder.
         """
-        config = self.folder / "config.yaml"
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_text(config, dump_config(self.config))
-            if not self.tokenizer_folder.exists():
-                copy_tokenizer(self.config.data.tokenizer, self.tokenizer_folder)
+            if not self.folder.tokenizer.exists():
+                copy_tokenizer(self._tokenizer_source, self.folder.tokenizer)
+            for damaged in self.newest.damaged if self.newest else []:
+                self.say(f"{damaged} is now called {checkpoint.set_aside(damaged).name}")
+            self.folder.describe(dump_config(self.config), self._environment())
+            self.folder.publish()
             if self.config.log.trackers:
-                self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+                self.accelerator.init_trackers("tensorboard", config=_loggable(self.config.model_dump()))
         self.backend.barrier()
-        if not config.exists():
+        if not self.folder.config.exists():
             raise UserError(
-                f"output_dir: {self.folder} differs from host to host; name a folder that all of them share"
+                f"output_dir: {self.folder.path} differs from host to host; name a folder that all of them share"
             )
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.folder.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run it belongs to."""
         return {
             "config": self.config.model_dump(),
             "model": dataclasses.asdict(self.model_config),
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "tokenizer": fingerprint(self.tokenizer),
             "versions": _versions(),
         }
 
@@ -105,26 +128,9 @@ class Run:
         if self.is_main:
             print(text, flush=True)
 
-    def _check_seq_len(self) -> None:
-        length, limit = self.config.data.seq_len, self.model_config.max_position_embeddings
-        if length > limit:
-            raise UserError(
-                f"data.seq_len is {length} but the model's max_position_embeddings is {limit}; shorten the rows, or "
-                "raise model.overrides.max_position_embeddings"
-            )
-
-    def _check_layers(self) -> None:
-        if self.config.train.layers == "scan" and self.backend.name != "xla":
-            raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
-        windows = {self.model_config.window(i) for i in range(self.model_config.num_hidden_layers)}
-        if self.config.train.layers == "scan" and len(windows) > 1:
-            raise UserError(
-                "train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'"
-            )
-
     def _accelerator(self) -> Accelerator:
         try:
-            accelerator = Accelerator(log_with=self.config.log.trackers or None, project_dir=str(self.folder))
+            accelerator = Accelerator(log_with=self.config.log.trackers or None, project_dir=str(self.folder.work))
         except ValueError as error:
             raise UserError(f"log.trackers is {self.config.log.trackers}: {error}") from error
         if self.backend.name == "torch":
@@ -155,20 +161,53 @@ class Run:
         name = self.config.train.compute_dtype
         return self.backend.compute_dtype if name == "auto" else getattr(torch, name)
 
+    def _init_folder(self) -> Path | None:
+        if self.config.model.init_from is None:
+            return None
+        try:
+            return hf.resolve(self.config.model.init_from)
+        except UserError as error:
+            raise UserError(f"model.init_from: {error}") from error
+
+    def _architecture(self) -> GemmaConfig:
+        section = self.config.model
+        if self.init_folder is None:
+            return preset(section.preset or "gemma-2b").replace(**section.overrides)
+        try:
+            return hf.read_config(self.init_folder).replace(**section.overrides)
+        except UserError as error:
+            raise UserError(f"model.init_from: {error}") from error
+
+    def _init_weights(self) -> hf.HfReader:
+        try:
+            reader = hf.HfReader(self.init_folder)
+            hf.check_tensors(reader, self.model_config, str(self.init_folder))
+        except UserError as error:
+            raise UserError(f"model.init_from: {error}") from error
+        return reader
+
     def _check_folder(self) -> None:
-        found = checkpoint.complete(self.checkpoints)
-        if found and self.config.checkpoint.resume == "never":
+        section = self.config.checkpoint
+        found = checkpoint.complete(self.folder.checkpoints)
+        if found and section.resume == "never":
             raise UserError(
-                f"output_dir: {self.folder} holds the checkpoint {found[-1].name}; choose another folder, or "
+                f"output_dir: {self.folder.path} holds the checkpoint {found[-1].name}; choose another folder, or "
                 "checkpoint.resume=auto to continue it"
             )
+        if self.is_main:
+            self.folder.check(checks.disk_space(self.config, num_parameters(self.model_config), len(found)))
+
+    @property
+    def _tokenizer_source(self) -> str | None:
+        data = self.config.data
+        return data.tokenizer or (self.config.model.init_from if data.vocab_size is None else None)
 
     def _open_tokenizer(self) -> Any:
-        data = self.config.data
-        if (self.tokenizer_folder / "tokenizer.json").exists():
-            tokenizer = load_tokenizer(self.tokenizer_folder)
-        elif data.tokenizer is not None:
-            tokenizer = load_tokenizer(data.tokenizer)
+        data, source = self.config.data, self._tokenizer_source
+        if (self.folder.tokenizer / "tokenizer.json").exists():
+            tokenizer = load_tokenizer(self.folder.tokenizer)
+        elif source is not None:
+            tokenizer = load_tokenizer(source)
         elif data.vocab_size is None:
             raise UserError(
                 "data.tokenizer is missing; name a tokenizer, or set data.vocab_size to have one trained on data.train"
@@ -181,11 +220,26 @@ class Run:
         else:
             self.say(f"Training a tokenizer with {data.vocab_size} tokens ...")
             if self.is_main:
-                train_tokenizer(self.corpus.texts(), data.vocab_size, self.tokenizer_folder)
+                train_tokenizer(self.corpus.texts(), data.vocab_size, self.folder.tokenizer)
+                self.folder.publish()
             self.backend.barrier()
-            tokenizer = load_tokenizer(self.tokenizer_folder)
+            self.folder.fetch_tokenizer()
+            tokenizer = load_tokenizer(self.folder.tokenizer)
         check_tokenizer(tokenizer, self.model_config)
         return tokenizer
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "command": sys.argv,
+            "python": sys.version,
+            "platform": platform.platform(),
+            "backend": self.backend.name,
+            "device": self.backend.device_kind,
+            "devices": self.backend.mesh.num_devices,
+            "hosts": self.backend.process_count,
+            "mesh": dataclasses.asdict(self.backend.mesh),
+            "versions": _versions(),
+        }
 
 
 def _versions() -> dict[str, str]:
@@ -198,12 +252,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _loggable(tree: dict[str, Any]) -> dict[str, Any]:
     """Dotted names to values that TensorBoard can store."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
-    return flat
+    plain = int, float, str, bool
+    return {key: value if isinstance(value, plain) else json.dumps(value) for key, value in flatten(tree).items()}

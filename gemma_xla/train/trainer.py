@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from gemma_xla import checkpoint
+from gemma_xla import interrupts
+from gemma_xla.checkpoint import CheckpointReader, Saver, complete
 from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states
-from gemma_xla.errors import TrainingError, UserError
-from gemma_xla.model.gemma import init_parameter
-from gemma_xla.train.build import build_model
+from gemma_xla.errors import TrainingError
+from gemma_xla.train.build import build_model, initial, stored
 from gemma_xla.train.compilations import CompilationWatch
 from gemma_xla.train.metrics import Meter, MetricsLog, summary
-from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction, step_count
+from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction
 from gemma_xla.train.parallelize import parallelize
+from gemma_xla.train.resume import restore_optimizer
 from gemma_xla.train.run import Run
 from gemma_xla.train.step import Batch, TrainStep, summed_loss
 
@@ -33,39 +35,65 @@ class Trainer:
         self.train_loader = TrainLoader(run.corpus, run.tokenizer, num_rows=self.rows, rows=self._share(self.rows))
         self.meter = Meter(run.flops, run.chip, run.num_chips, self.rows * self.config.data.seq_len)
         self.step = 0
+        if run.newest:
+            # Before the model takes its time: it refuses other data.
+            self.train_loader.load_state_dict(run.newest.state["data"])
         self._build()
         run.open_folder()
 
     def fit(self) -> dict[str, float]:
-        """Train to the end, evaluate, save; return the run's summary."""
-        train, total = self.config.train, self.config.train.steps
+        """Train to the end, evaluate, save; return the run's summary.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came; the step that was under way is done and saved.
+            TrainingError: the loss is no longer a number, or the last checkpoint could not be written.
+        """
+        section = self.config.checkpoint
         self.log = MetricsLog(
-            self.run.folder / "metrics.jsonl",
+            self.run.folder.metrics,
             self.run.accelerator,
-            total=total,
+            total=self.config.train.steps,
             start=self.step,
             enabled=self.run.is_main,
         )
+        self.saver = Saver(
+            self.run.folder.checkpoints,
+            self.backend,
+            keep_last=section.keep_last,
+            keep_every=section.keep_every,
+            say=self.log.say,
+        )
         self.watch = CompilationWatch(self.backend)
         self._pending: tuple[int, float, Callable[[], tuple[list[float], float]], str] | None = None
-        self._finished_at = time.perf_counter()
         try:
-            while self.step < total:
-                rate = train.optimizer.lr * learning_rate_fraction(self.step, total, train.schedule)
-                micro_batches = self._next_micro_batches()
-                result = self.train_step(micro_batches, rate)
-                self.step += 1
-                self.watch.after_step(self.step, micro_batches)
-                result = self.backend.result(result)
-                # The device works on this step while the host reads the one before.
-                self._finish_pending()
-                self._pending = (self.step, rate, result, self.train_loader.describe())
-                self._between_steps(last=self.step == total)
+            with interrupts.deferred():
+                self._train()
+            self.saver.close()
         finally:
+            self.saver.wait()
             self.log.close()
             self.train_loader.close()
             self.run.accelerator.end_training()
+            if self.run.is_main:
+                self.run.folder.publish()
         return summary(self.log.records)
+
+    def _train(self) -> None:
+        train, total = self.config.train, self.config.train.steps
+        if not any(r["step"] == self.step and "eval_loss" in r for r in self.log.records):
+            self._evaluate_if_due()
+        self._finished_at = time.perf_counter()
+        while self.step < total:
+            rate = train.optimizer.lr * learning_rate_fraction(self.step, total, train.schedule)
+            micro_batches = self._next_micro_batches()
+            result = self.train_step(micro_batches, rate)
+            self.step += 1
+            self.watch.after_step(self.step, micro_batches)
+            result = self.backend.result(result)
+            # The device works on this step while the host reads the one before.
+            self._finish_pending()
+            self._pending = (self.step, rate, result, self.train_loader.describe())
+            self._between_steps()
 
     def evaluate(self) -> float:
         """Return the mean loss over the held-out text, in nats per token."""
@@ -82,36 +110,36 @@ class Trainer:
         return (total[0] / total[1]).item()
 
     def save(self) -> None:
-        """Write a checkpoint and delete those that are no longer kept."""
+        """Begin to write a checkpoint; training may go on meanwhile."""
         state = {
             **self.run.state(),
-            "step": self.step,
             "tokens": self.meter.tokens,
             "seconds": self.meter.seconds,
+            "rng": self.backend.rng_state(),
             "data": merge_states(self.backend.gather_objects(self.train_loader.state_dict())),
         }
-        checkpoint.save(self.run.checkpoints, self.step, self._tensors(), state, self.backend)
         if self.run.is_main:
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+            self.run.folder.check_claim()
+        self.saver.save(self.step, self._tensors(), state)
+        if self.run.is_main:
+            self.log.flush()
 
     def _build(self) -> None:
         run, section = self.run, self.config.train
-        found = checkpoint.complete(run.checkpoints)
-        reader = checkpoint.CheckpointReader(found[-1]) if found else None
-        state = self._checked_state(found[-1]) if found else None
-
-        def fill(name: str, values: torch.Tensor) -> None:
-            if reader is None:
-                init_parameter(name, values, run.model_config, self.config.seed)
-            else:
-                values.copy_(reader.read(f"model/{name}"))
-
+        reader = CheckpointReader(run.newest.folder) if run.newest else None
+        if reader is not None:
+            make = stored(reader, self.backend, "model/")
+        elif run.init_folder is not None:
+            make = stored(run.weights, self.backend)
+        else:
+            make = initial(run.model_config, self.backend, self.config.seed)
         attention = self.config.model.attention
         attention = self.backend.attention if attention == "auto" else attention
-        self.model, self.specs = build_model(run.model_config, self.backend, fill, attention)
+        self.model, self.specs = build_model(run.model_config, self.backend, make, attention)
         self.optimizer = build_optimizer(self.model, self.specs, self.backend, section.optimizer)
+        self.backend.seed(self.config.seed)
         if reader is not None:
-            self._resume(reader, state)
+            self._resume(reader, run.newest.state)
         parallelize(self.model, self.specs, self.backend, section, run.compute_dtype)
         self.train_step = TrainStep(
             self.model,
@@ -122,27 +150,11 @@ class Trainer:
         )
         self.backend.flush()
 
-    def _checked_state(self, folder: Any) -> dict[str, Any]:
-        state, ours = checkpoint.read_state(folder), self.run.state()["model"]
-        ours = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
-        theirs = state["model"]
-        different = [f"{key} ({theirs.get(key)}, now {ours[key]})" for key in ours if theirs.get(key) != ours[key]]
-        if different:
-            raise UserError(
-                f"checkpoint {folder}: it is of another model: {', '.join(different)}; set the config back, or choose "
-                "another output_dir"
-            )
-        return state
-
-    def _resume(self, reader: checkpoint.CheckpointReader, state: dict[str, Any]) -> None:
+    def _resume(self, reader: CheckpointReader, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.meter.tokens, self.meter.seconds = state["tokens"], state["seconds"]
-        for name, parameter in self.model.named_parameters():
-            slots = self.optimizer.state[parameter]
-            slots["step"] = step_count(self.optimizer, self.step, self.backend)
-            for moment in MOMENTS:
-                slots[moment] = self.backend.place(reader.read(f"optimizer/{name}/{moment}"), self.specs[name])
-        self.train_loader.load_state_dict(state["data"])
+        restore_optimizer(reader, self.model, self.specs, self.backend, self.optimizer, self.step)
+        self.backend.set_rng_state(state["rng"])
         self.run.say(f"Continuing from step {self.step} ({reader.folder})")
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -163,25 +175,42 @@ class Trainer:
         parts = {key: value.chunk(self.config.train.grad_accum) for key, value in batch.items()}
         return [{key: part[i] for key, part in parts.items()} for i in range(self.config.train.grad_accum)]
 
-    def _between_steps(self, last: bool) -> None:
-        evaluate = last or _due(self.step, self.config.eval.every)
-        save = last or _due(self.step, self.config.checkpoint.every)
-        if not (evaluate or save):
-            return
-        # Never save what was not seen to be finite.
-        self._finish_pending()
-        if evaluate and self.run.corpus.has_eval:
+    def _between_steps(self) -> None:
+        last = self.step == self.config.train.steps
+        received = self._signal()
+        evaluate = not received and self._evaluation_is_due()
+        save = last or received or _due(self.step, self.config.checkpoint.every)
+        if evaluate or save:
+            # Never save what was not seen to be finite.
+            self._finish_pending()
+            if evaluate:
+                self._evaluate_if_due()
+            # Last: a run that is interrupted in between evaluates again.
+            if save:
+                self.save()
+            self.watch.expect()
+            # Time and money of the run, but not of the next step.
+            now = time.perf_counter()
+            self.meter.seconds += now - self._finished_at
+            self._finished_at = now
+        if received and not last:
+            self.saver.close()
+            self.log.say(f"{received.name}: saved at step {self.step}; start again to continue from there")
+            raise interrupts.Interrupted(received)
+
+    def _signal(self) -> signal.Signals | None:
+        """The signal that any host has received: all of them must stop after the same step."""
+        return next(filter(None, self.backend.gather_objects(interrupts.received())), None)
+
+    def _evaluation_is_due(self) -> bool:
+        last = self.step == self.config.train.steps
+        return self.run.corpus.has_eval and (last or _due(self.step, self.config.eval.every))
+
+    def _evaluate_if_due(self) -> None:
+        if self.step and self._evaluation_is_due():
             loss = self.evaluate()
             self.log.write({"step": self.step, "eval_loss": loss})
             self.log.say(f"step {self.step}: held-out loss {loss:.4f}")
-        # Last: a run that is interrupted in between evaluates again.
-        if save:
-            self.save()
-        self.watch.expect()
-        # Time and money of the run, but not of the next step.
-        now = time.perf_counter()
-        self.meter.seconds += now - self._finished_at
-        self._finished_at = now
 
     def _finish_pending(self) -> None:
         """Wait for the step before and report it; its time is that from the end of its predecessor to its own end."""
@@ -198,7 +227,8 @@ class Trainer:
         self.log.advance(record)
 
     def _stop_not_finite(self, step: int, loss: float, grad_norm: float, rows: str) -> None:
-        found = checkpoint.complete(self.run.checkpoints)
+        self.saver.wait()
+        found = complete(self.run.folder.checkpoints)
         kept = f"the newest checkpoint, {found[-1]}, is from before" if found else "there is no checkpoint yet"
         raise TrainingError(
             f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; {kept}. Lower train.optimizer.lr, "

@@ -1,0 +1,183 @@
+"""Which checkpoints there are, whether they are whole, and which are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
+
+from gemma_xla.backend import Backend
+from gemma_xla.errors import UserError
+from gemma_xla.storage import move, reason, remove_tree
+
+STATE = "state.json"
+# Raised whenever an older gemma_xla could not read what is written.
+FORMAT = "gemma_xla checkpoint 1"
+_BLOCK = 1 << 22
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used: cut short, damaged, or not one of ours."""
+
+    def __init__(self, folder: Path, problem: str) -> None:
+        super().__init__(f"checkpoint {folder}: {problem}")
+
+
+class FileInfo(BaseModel):
+    """What a file must be like."""
+
+    bytes: int
+    crc32: int
+
+
+class _Sealed(BaseModel):
+    format: str
+    step: int
+    files: dict[str, FileInfo]
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def complete(root: Path) -> list[Path]:
+    """The complete checkpoints below ``root``, oldest first."""
+    return [folder for folder in _numbered(root) if (folder / STATE).exists()]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or something else than gemma_xla wrote it.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        _Sealed.model_validate(state)
+    except (OSError, ValueError) as error:
+        problem = "it was not written by gemma_xla" if isinstance(error, ValidationError) else reason(error)
+        raise CheckpointError(folder, f"{STATE} cannot be used: {problem}") from error
+    if state["format"] != FORMAT:
+        raise CheckpointError(folder, f"{STATE} has the format {state['format']!r}; this gemma_xla reads {FORMAT!r}")
+    return state
+
+
+def check(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Return the state of a checkpoint after reading all its files, or every n-th of them, once.
+
+    Args:
+        share: (k, n): of each n files, look at the k-th; hosts share the work so.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged.
+    """
+    state = read_state(folder)
+    files = {name: FileInfo(**info) for name, info in sorted(state["files"].items())}
+    mine = list(files.items())[share[0] :: share[1]]
+    total = sum(info.bytes for _, info in mine)
+    with tqdm(total=total, desc=f"checking {folder.name}", unit="B", unit_scale=True, leave=False, delay=3) as bar:
+        for name, info in mine:
+            _check_file(folder, name, info, bar)
+    return state
+
+
+class Newest(NamedTuple):
+    """The newest checkpoint that is whole, its state, and the newer ones that are not."""
+
+    folder: Path
+    state: dict[str, Any]
+    damaged: list[Path]
+
+
+def newest(root: Path, say: Callable[[str], None], backend: Backend | None = None) -> Newest | None:
+    """Return the newest checkpoint that is whole; None if there is none at all.
+
+    Args:
+        root: a run's folder of checkpoints.
+        say: told of those that are passed over.
+        backend: whose hosts share the work; None: this process does it alone.
+
+    Raises:
+        UserError: there are some, and none of them is whole.
+    """
+    backend = backend or Backend(torch.device("cpu"))
+    found, damaged = complete(root), []
+    for folder in reversed(found):
+        try:
+            problem, state = None, check(folder, (backend.process_index, backend.process_count))
+        except CheckpointError as error:
+            problem, state = str(error), {}
+        problems = [text for text in backend.gather_objects(problem) if text]
+        if not problems:
+            return Newest(folder, state, damaged)
+        say(f"warning: {problems[0]}; trying the one before it")
+        damaged.append(folder)
+    if found:
+        raise UserError(
+            f"{root}: none of its {len(found)} checkpoint(s) is whole; restore one from a copy, or choose another "
+            "output_dir to start anew"
+        )
+    return None
+
+
+def prune(root: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all complete checkpoints but the newest, and those whose step is a multiple of ``keep_every``."""
+    for folder in complete(root)[:-keep_last]:
+        if not keep_every or step_of(folder) % keep_every:
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint. What a kill leaves of it does not count as one."""
+    (folder / STATE).unlink(missing_ok=True)
+    remove_tree(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name that no longer counts; nothing is deleted. Return the new path."""
+    number = 0
+    while (target := folder.with_name(f"damaged-{folder.name}" + (f"-{number}" if number else ""))).exists():
+        number += 1
+    move(folder, target)
+    return target
+
+
+def tidy(root: Path) -> None:
+    """Delete what was being written when a run was killed. Only for the one run that writes there."""
+    for folder in _numbered(root):
+        if not (folder / STATE).exists():
+            remove_tree(folder)
+
+
+def _numbered(root: Path) -> list[Path]:
+    if not root.exists():
+        return []
+    return sorted((f for f in root.iterdir() if re.fullmatch(r"step-\d{8,}", f.name)), key=step_of)
+
+
+def _check_file(folder: Path, name: str, info: FileInfo, bar: tqdm) -> None:
+    if "/" in name or "\\" in name:
+        raise CheckpointError(folder, f"{STATE} names {name!r}, which is not in the folder")
+    crc = size = 0
+    try:
+        with (folder / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                crc, size = zlib.crc32(block, crc), size + len(block)
+                bar.update(len(block))
+    except OSError as error:
+        raise CheckpointError(folder, f"{name} cannot be read ({reason(error)})") from error
+    if size != info.bytes:
+        raise CheckpointError(folder, f"{name} is {size:,} bytes long, not {info.bytes:,}")
+    if crc != info.crc32:
+        raise CheckpointError(folder, f"{name} is damaged: its checksum is not that of what was written")

@@ -1,0 +1,92 @@
+"""What is checked of a config once the model and the devices are known, before anything is written or paid for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gemma_xla.backend import Backend
+from gemma_xla.config import RunConfig
+from gemma_xla.errors import UserError
+from gemma_xla.model.config import GemmaConfig
+
+# Three arrays of int32 and one of int64 for each position (`gemma_xla.data.packing.pack`).
+_BATCH_BYTES = 20
+# Parameter, gradient and two moments, float32.
+_TRAINING_BYTES = 16
+# The same without the gradient.
+_CHECKPOINT_BYTES = 12
+
+
+def check_seq_len(config: RunConfig, model: GemmaConfig) -> None:
+    """
+    Raises:
+        UserError: rows are longer than the model allows.
+    """
+    length, limit = config.data.seq_len, model.max_position_embeddings
+    if length > limit:
+        raise UserError(
+            f"data.seq_len is {length} but the model's max_position_embeddings is {limit}; shorten the rows, or "
+            "raise model.overrides.max_position_embeddings"
+        )
+
+
+def check_layers(config: RunConfig, model: GemmaConfig, backend: Backend) -> None:
+    """
+    Raises:
+        UserError: the layers cannot be scanned.
+    """
+    if config.train.layers != "scan":
+        return
+    if backend.name != "xla":
+        raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
+    if len({model.window(i) for i in range(model.num_hidden_layers)}) > 1:
+        raise UserError("train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'")
+
+
+def check_memory(config: RunConfig, rows: int, parameters: int, backend: Backend) -> None:
+    """Compare what cannot be done without with the memory of this machine.
+
+    Args:
+        rows: of a step's batch.
+        parameters: of the model.
+
+    Raises:
+        UserError: batches, or a model that is trained on the CPU, do not fit.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ahead, length = config.data.prefetch, config.data.seq_len
+    # `ahead` are ready, one is in the making, one in use.
+    batches = rows // backend.process_count * length * _BATCH_BYTES * (ahead + 2)
+    if batches > total:
+        raise UserError(
+            f"train.batch_size: {rows:,} rows of {length:,} tokens, {ahead} batches ahead (data.prefetch), take "
+            f"{_gigabytes(batches)} of memory and this machine has {_gigabytes(total)}; lower one of them"
+        )
+    model = parameters * _TRAINING_BYTES
+    if backend.device_kind == "cpu" and model > total:
+        raise UserError(
+            f"model: training {parameters:,} parameters on the CPU takes at least {_gigabytes(model)} of memory and "
+            f"this machine has {_gigabytes(total)}; choose a smaller model.preset"
+        )
+
+
+def disk_space(config: RunConfig, parameters: int, existing: int) -> int:
+    """Bytes that a run is still going to add to its folder.
+
+    Args:
+        parameters: of the model.
+        existing: checkpoints that are already there.
+    """
+    steps, section, export = config.train.steps, config.checkpoint, config.export
+    saved = steps // section.every + 1 if section.every else 1
+    for_good = steps // section.keep_every if section.keep_every else 0
+    # One more than is kept: the oldest goes when the newest is whole.
+    kept = min(saved, section.keep_last + 1 + for_good)
+    exported = parameters * getattr(torch, export.dtype).itemsize if export.at_end else 0
+    return max(0, kept - existing) * parameters * _CHECKPOINT_BYTES + exported
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
