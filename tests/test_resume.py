@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemma_xla import interrupts
 from gemma_xla.backend import Backend
 from gemma_xla.checkpoint import CheckpointReader, complete, newest, read_state
 from gemma_xla.errors import TrainingError, UserError
@@ -332,3 +333,25 @@ def test_the_whole_state_travels(short):
     weights = {name for name in names if name.startswith("model/")}
     moments = {f"optimizer/{n.removeprefix('model/')}/{m}" for n in weights for m in ("exp_avg", "exp_avg_sq")}
     assert names == weights | moments
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(tiny_config, tmp_path, monkeypatch):
+    """It is made up for when the run goes on."""
+    folder, plain = tmp_path / "run", Trainer.evaluate
+    with Run(tiny_config(folder, *SETTINGS, "eval.every=4")) as run:
+        trainer = Trainer(run)
+
+        def evaluate():
+            # As if it had come while the held-out text was read.
+            monkeypatch.setattr(interrupts, "_received", signal.SIGTERM)
+            return plain(trainer)
+
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        with pytest.raises(interrupts.Interrupted) as stop:
+            trainer.fit()
+    monkeypatch.undo()
+    assert (stop.value.exit_code, trainer.step) == (75, 4)
+    assert [r["step"] for r in untimed(folder) if "eval_loss" in r] == []
+    fit(tiny_config(folder, *SETTINGS, "eval.every=4"))
+    fit(tiny_config(tmp_path / "plain", *SETTINGS, "eval.every=4"))
+    assert_undisturbed(folder, tmp_path / "plain")

@@ -69,6 +69,8 @@ class Trainer:
             with interrupts.deferred():
                 self._train()
             self.saver.close()
+            if received := self._signal():  # after the last step: all is saved
+                raise interrupts.Interrupted(received)
         finally:
             self.saver.wait()
             self.log.close()
@@ -80,8 +82,9 @@ class Trainer:
 
     def _train(self) -> None:
         train, total = self.config.train, self.config.train.steps
-        if not any(r["step"] == self.step and "eval_loss" in r for r in self.log.records):
-            self._evaluate_if_due()
+        evaluated = any(r["step"] == self.step and "eval_loss" in r for r in self.log.records)
+        if self.step and self._evaluation_is_due() and not evaluated:
+            self._evaluate()  # a signal cut it short
         self._finished_at = time.perf_counter()
         while self.step < total:
             rate = train.optimizer.lr * learning_rate_fraction(self.step, total, train.schedule)
@@ -95,14 +98,16 @@ class Trainer:
             self._pending = (self.step, rate, result, self.train_loader.describe())
             self._between_steps()
 
-    def evaluate(self) -> float:
-        """Return the mean loss over the held-out text, in nats per token."""
+    def evaluate(self) -> float | None:
+        """Return the mean loss over the held-out text, in nats per token; None if a signal cut it short."""
         rows = self.run.micro_batch_rows
         loader = EvalLoader(self.run.corpus, self.run.tokenizer, num_rows=rows, rows=self._share(rows))
         total = torch.zeros(2)
         for i, batch in enumerate(loader):
             if i == self.config.eval.batches:
                 break
+            if self._signal():
+                return None
             with torch.no_grad():
                 sums = torch.stack(summed_loss(self.model, batch, self.backend, self.config.train.loss_chunk))
             self.backend.flush()
@@ -177,23 +182,22 @@ class Trainer:
 
     def _between_steps(self) -> None:
         last = self.step == self.config.train.steps
-        received = self._signal()
-        evaluate = not received and self._evaluation_is_due()
-        save = last or received or _due(self.step, self.config.checkpoint.every)
-        if evaluate or save:
+        evaluate, received = self._evaluation_is_due(), self._signal()
+        if evaluate or received or last or _due(self.step, self.config.checkpoint.every):
             # Never save what was not seen to be finite.
             self._finish_pending()
-            if evaluate:
-                self._evaluate_if_due()
+            if evaluate and not received:
+                self._evaluate()
+                received = self._signal()
             # Last: a run that is interrupted in between evaluates again.
-            if save:
+            if received or last or _due(self.step, self.config.checkpoint.every):
                 self.save()
             self.watch.expect()
             # Time and money of the run, but not of the next step.
             now = time.perf_counter()
             self.meter.seconds += now - self._finished_at
             self._finished_at = now
-        if received and not last:
+        if received:
             self.saver.close()
             self.log.say(f"{received.name}: saved at step {self.step}; start again to continue from there")
             raise interrupts.Interrupted(received)
@@ -206,9 +210,9 @@ class Trainer:
         last = self.step == self.config.train.steps
         return self.run.corpus.has_eval and (last or _due(self.step, self.config.eval.every))
 
-    def _evaluate_if_due(self) -> None:
-        if self.step and self._evaluation_is_due():
-            loss = self.evaluate()
+    def _evaluate(self) -> None:
+        loss = self.evaluate()
+        if loss is not None:
             self.log.write({"step": self.step, "eval_loss": loss})
             self.log.say(f"step {self.step}: held-out loss {loss:.4f}")
 
