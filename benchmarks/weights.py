@@ -24,8 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +108,6 @@ def memory(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-@contextmanager
-def timed(figures: dict[str, float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    figures["seconds"] = time.perf_counter() - start
-
-
 def total(folder: Path) -> int:
     """The bytes of a folder's files."""
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -130,33 +122,30 @@ def sync(folder: Path, forget: bool = False) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def copy(folder: Path, out: Path) -> dict[str, Any]:
-    figures = {}
-    with timed(figures):
-        out.mkdir()
-        for path in folder.iterdir():
-            shutil.copyfile(path, out / path.name)
-        sync(out)
-    return figures
+def copy(folder: Path, out: Path) -> None:
+    out.mkdir()
+    for path in folder.iterdir():
+        shutil.copyfile(path, out / path.name)
+    sync(out)
 
 
-def allocate(folder: Path, _: Path) -> dict[str, Any]:
-    """What no import can do without: the system gives memory for the float32 parameters."""
-    figures = {}
-    with timed(figures):
-        torch.empty(total(folder) // 2).zero_()
-    return figures
-
-
-def read(folder: Path, _: Path) -> dict[str, Any]:
-    figures = {}
+def read(folder: Path, _: Path) -> None:
     buffer = bytearray(2**23)
-    with timed(figures):
-        for path in folder.iterdir():
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-    return figures
+    for path in folder.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def allocate(folder: Path, _: Path) -> None:
+    """What no import can do without: the system gives memory for the float32 parameters."""
+    torch.empty(total(folder) // 2).zero_()
+
+
+def baseline(folder: Path, out: Path, action: Callable[[Path, Path], None]) -> dict[str, Any]:
+    start = time.perf_counter()
+    action(folder, out)
+    return {"seconds": time.perf_counter() - start}
 
 
 def load(folder: Path, devices: int) -> tuple[torch.nn.Module, Backend, dict[str, Any]]:
@@ -164,17 +153,17 @@ def load(folder: Path, devices: int) -> tuple[torch.nn.Module, Backend, dict[str
     section = MeshSection(virtual_devices=devices or None)
     backend = open_backend(section, use_xla=devices > 0, device=torch.device("cpu"))
     used = backend.place(torch.zeros(64, 64), ("fsdp", None))  # what the runtime needs for itself
-    figures, watch = {}, Memory()
-    with timed(figures):
-        from_file = stored(HfReader(folder), backend)
+    watch = Memory()
+    start = time.perf_counter()
+    from_file = stored(HfReader(folder), backend)
 
-        def counted(name: str, shape: torch.Size, spec: Any) -> torch.Tensor:
-            watch.meant += 4 * shape.numel()
-            return from_file(name, shape, spec)
+    def counted(name: str, shape: torch.Size, spec: Any) -> torch.Tensor:
+        watch.meant += 4 * shape.numel()
+        return from_file(name, shape, spec)
 
-        model, _ = build_model(read_config(folder), backend, counted, backend.attention)
-        backend.pieces(used)  # waits for the devices
-    return model, backend, figures | watch.figures()
+    model, _ = build_model(read_config(folder), backend, counted, backend.attention)
+    backend.pieces(used)  # waits for the devices
+    return model, backend, {"seconds": time.perf_counter() - start} | watch.figures()
 
 
 def import_(folder: Path, out: Path, devices: int = 0) -> dict[str, Any]:
@@ -182,34 +171,36 @@ def import_(folder: Path, out: Path, devices: int = 0) -> dict[str, Any]:
     reader = HfReader(folder)
     equal = True
     for name, parameter in model.named_parameters():
-        for index, values in backend.pieces(parameter) if devices else [((slice(0, None),), parameter.detach())]:
-            start = index[0].start
-            for i in range(0, len(values), ROWS):
-                part = values[i : i + ROWS]
-                rows = slice(start + i, start + i + len(part))
-                equal = equal and torch.equal(part, reader.read(name, (rows, *index[1:])).float())
+        for (rows, *columns), values in backend.pieces(parameter):
+            for i, part in enumerate(values.split(ROWS)):
+                start = rows.start + i * ROWS
+                expected = reader.read(name, (slice(start, start + len(part)), *columns))
+                equal = equal and torch.equal(part, expected.float())
     return figures | {"equal": equal}
 
 
 def export_(folder: Path, out: Path) -> dict[str, Any]:
     model, _, _ = load(folder, 0)
-    figures, watch = {}, Memory()
-    with timed(figures):
-        export(Parameters(model), read_config(folder), out, dtype=DTYPE, max_shard_size=SHARD)
-        sync(out)
-    return figures | watch.figures() | {"equal": same_files(folder, out)}
+    watch = Memory()
+    start = time.perf_counter()
+    export(Parameters(model), read_config(folder), out, dtype=DTYPE, max_shard_size=SHARD)
+    sync(out)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds} | watch.figures() | {"equal": same_files(folder, out)}
 
 
 def same_files(one: Path, other: Path) -> bool:
     """Whether safetensors finds equal bytes in the same files under the same names."""
     files = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in (one, other)]
-    equal = files[0] == files[1]
-    for file in files[0] if equal else []:
-        with safe_open(one / file, framework="pt") as a, safe_open(other / file, framework="pt") as b:
-            equal = equal and sorted(a.keys()) == sorted(b.keys())
-            for name in a.keys() if equal else []:  # noqa: SIM118 (it is no dictionary)
-                equal = equal and torch.equal(*(t.get_tensor(name).view(torch.int16) for t in (a, b)))
-    return equal
+    return files[0] == files[1] and all(same_tensors(one / file, other / file) for file in files[0])
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
+        names = sorted(a.keys())
+        return names == sorted(b.keys()) and all(
+            torch.equal(a.get_tensor(name).view(torch.int16), b.get_tensor(name).view(torch.int16)) for name in names
+        )
 
 
 def in_process(action: Callable[..., dict[str, Any]], folder: Path, *args: Any) -> dict[str, Any]:
@@ -245,8 +236,8 @@ def main() -> int:
         largest = 2 * config.vocab_size * config.hidden_size
         print(f"{size / 1e9:.2f} GB of {DTYPE}; x: times the largest tensor, {largest / 1e6:.0f} MB")
         print(f"{'':32}{'s':>8}{'GB/s':>8}{'beside MB':>10}{'x':>9}{'peak MB':>10}   equal")
-        actions: dict[str, tuple] = {"read the files": (read,), "copy the files": (copy,)}
-        actions |= {"allocate the model's memory": (allocate,), "import, plain PyTorch": (import_,)}
+        actions: dict[str, tuple] = {"read the files": (baseline, read), "copy the files": (baseline, copy)}
+        actions |= {"allocate the model's memory": (baseline, allocate), "import, plain PyTorch": (import_,)}
         if args.xla:
             actions[f"import, {args.xla} virtual devices"] = (import_, args.xla)
         for name, (action, *more) in (actions | {"export, plain PyTorch": (export_,)}).items():

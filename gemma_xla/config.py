@@ -14,6 +14,8 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 # What a float32 holds.
 PositiveFloat = Annotated[float, Field(gt=0, lt=3e38)]
 NonNegativeFloat = Annotated[float, Field(ge=0, lt=3e38)]
+# A name or path: not empty, and without the one character that no path has.
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -27,9 +29,9 @@ class ModelSection(Section):
     """Which Gemma to train."""
 
     # A name, such as gemma-2b (the default where there is no `init_from`).
-    preset: str | None = None
+    preset: Text | None = None
     # Start from the weights of a Hugging Face folder or hub id, whose config.json then takes the preset's place.
-    init_from: str | None = None
+    init_from: Text | None = None
     # GemmaConfig fields to change.
     overrides: dict[str, Any] = {}
     attention: Literal["auto", "reference", "sdpa"] = "auto"
@@ -46,7 +48,7 @@ class SourceSection(Section):
 
     # A data set name on the Hugging Face hub, or a local file, folder or glob. "{stdlib}" stands for the folder of
     # Python's standard library, "~" for the home folder.
-    path: str
+    path: Text
     weight: PositiveFloat = 1.0
     # The column that holds the text (.jsonl, .parquet and hub data sets).
     column: str = "text"
@@ -78,7 +80,7 @@ class DataSection(Section):
     eval: Sources | None = None
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     # A folder or hub name with a tokenizer; when absent, one is trained on the training text with `vocab_size` tokens.
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     vocab_size: Positive | None = None
     seq_len: Annotated[int, Field(ge=2, lt=2**31)] = 8192
     shuffle: bool = True
@@ -99,7 +101,8 @@ class MeshSection(Section):
 class OptimizerSection(Section):
     """AdamW (arXiv:1711.05101)."""
 
-    lr: PositiveFloat = 3e-4
+    # At its limit, what Adam divides it by may still be small.
+    lr: Annotated[float, Field(gt=0, le=1e30)] = 3e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-8
@@ -238,7 +241,7 @@ class RunConfig(Section):
     """Everything that decides what a run computes."""
 
     # A folder, or a URL that fsspec knows, such as gs://bucket/run.
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelSection = ModelSection()
     data: DataSection

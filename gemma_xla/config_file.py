@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from gemma_xla.config import RunConfig, Section, SourceSection
-from gemma_xla.errors import UserError
+from gemma_xla.errors import UserError, nearest
 
 # Our words for what pydantic says of a value, by the name it gives the mistake.
 _MUST = {
@@ -21,6 +21,8 @@ _MUST = {
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "string_type": "must be text; quote what YAML would read as something else",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must not hold the character of no name, \\0",
     "list_type": "must be a list, such as [a, b]",
     "too_short": "must have at least one entry",
     "dict_type": "must hold `key: value` pairs",
@@ -69,7 +71,10 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         raise UserError(f"config {path}: {error.strerror or error}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config {path}: it is not UTF-8 text; give the path of a YAML file") from error
-    tree = _parse(text, f"config {path}")
+    try:
+        tree = _parse(text, f"config {path}")
+    except UserError as error:
+        raise UserError(f"{error}; correct the file there") from error
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: it must hold `key: value` lines, such as those in recipes/configs")
     for override in overrides:
@@ -80,9 +85,14 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 def validate(tree: dict[str, Any], origin: str) -> RunConfig:
     """Turn nested plain values into a `RunConfig`; ``origin`` is named in errors."""
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(f"config {origin}: {line}" for line in _explain(error.errors()))) from None
+    for key in set(config.checkpoint.accept_changes) - (fields := set(_fields(RunConfig))):
+        raise UserError(
+            f"config {origin}: checkpoint.accept_changes has {key!r}; name keys of the config{nearest(key, fields)}"
+        )
+    return config
 
 
 def dump_config(config: RunConfig) -> str:

@@ -107,12 +107,11 @@ class TensorFile:
             raise ValueError(f"{name}: out has shape {tuple(out.shape)}, which is not that of {index}")
         if not out.numel():
             return
-        shape = entry.shape
-        if not shape:
-            shape, index, out = (1,), (slice(0, 1),), out[None]
+        if not entry.shape:
+            entry, index, out = Entry(entry.dtype, (1,)), (slice(0, 1),), out[None]
         try:
             with self.path.open("rb") as file:
-                _fill(file, self._starts[name], Entry(entry.dtype, shape), index, out.detach())
+                _fill(file, self._starts[name], entry, index, out.detach())
         except (OSError, EOFError) as error:
             raise _unreadable(self.path, error) from error
 

@@ -24,7 +24,7 @@ from gemma_xla.model.attention import Mask
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 
 # The most elements of a tensor that a host turns into float32 by itself.
-_WIDE = 2**27
+WIDE = 2**27
 
 
 def configure_environment(virtual_devices: int | None) -> None:
@@ -115,7 +115,7 @@ class XlaBackend(Backend):
         self, shape: tuple[int, ...], spec: Spec, copy_to: CopyTo, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         # Another type costs a compilation for each shape: only where it saves much memory.
-        dtype = narrower(dtype) if math.prod(shape) > _WIDE else torch.float32
+        dtype = narrower(dtype) if math.prod(shape) > WIDE else torch.float32
         parts: dict[tuple, torch.Tensor] = {}
         shards = []
         for device in torch_xla._XLAC._xla_get_runtime_devices():

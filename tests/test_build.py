@@ -41,9 +41,9 @@ def plain(folder: Path) -> dict:
     return run({"from": str(folder)})
 
 
-def check(folder: Path, devices: int, mesh: list[int]) -> None:
+def check(folder: Path, devices: int, mesh: list[int], **options: int) -> None:
     expected = plain(folder)
-    found = run_in_process({"from": str(folder), "devices": devices, "mesh": mesh})
+    found = run_in_process({"from": str(folder), "devices": devices, "mesh": mesh, **options})
     assert found["start"] == expected["start"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5)
@@ -55,8 +55,8 @@ def check(folder: Path, devices: int, mesh: list[int]) -> None:
 
 @pytest.mark.xla
 def test_four_devices_start_from_the_same_bits_as_one(folder):
-    """The one case of the default suite: parts that are split along one axis and repeated along another."""
-    check(folder, 4, [2, 1, 2])
+    """The one case of the default suite: parts split along one axis and repeated along another, made float32 there."""
+    check(folder, 4, [2, 1, 2], wide=0)
 
 
 @pytest.mark.xla

@@ -225,8 +225,8 @@ def test_without_its_seal_it_is_no_checkpoint(tmp_path, tensors, backend):
 def test_a_newer_format_is_refused_by_name(tmp_path, tensors, backend):
     state = save(tmp_path, 1, tensors, {}, backend) / "state.json"
     state.write_text(state.read_text().replace("gemma_xla checkpoint 1", "gemma_xla checkpoint 2"))
-    with pytest.raises(CheckpointError, match="has the format 'gemma_xla checkpoint 2'; this gemma_xla reads"):
-        read_state(state.parent)
+    with pytest.raises(UserError, match="its format is 'gemma_xla checkpoint 2' and this gemma_xla reads 'gemma_xla"):
+        newest(tmp_path, pytest.fail)
 
 
 def test_a_seal_cannot_point_elsewhere(tmp_path, tensors, backend):

@@ -207,7 +207,8 @@ WRONG_FILES = {
 @pytest.mark.parametrize("text", WRONG_FILES, ids=range(len(WRONG_FILES)))
 def test_a_wrong_file_is_one_line(load, tmp_path, text):
     (line,) = mistakes(load, text)
-    assert line == f"config {tmp_path / 'run.yaml'}{WRONG_FILES[text]}"
+    way_out = "; correct the file there" if "not valid YAML" in line else ""
+    assert line == f"config {tmp_path / 'run.yaml'}{WRONG_FILES[text]}{way_out}"
 
 
 # The override -> the whole message.

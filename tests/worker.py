@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gemma_xla import xla
 from gemma_xla.config import MeshSection, OptimizerSection, TrainSection
 from gemma_xla.hf import HfReader
 from gemma_xla.model.config import GemmaConfig, preset
@@ -20,7 +21,6 @@ from gemma_xla.train.build import build_model, initial, stored
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import Batch, TrainStep, summed_loss
-from gemma_xla.xla import open_backend
 
 DEFAULTS: dict[str, Any] = {
     "devices": 0,
@@ -33,8 +33,9 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "model": {"initializer_range": 0.1},
     "sizes": None,
-    # A Hugging Face folder to start from.
+    # A Hugging Face folder to start from, and the most elements of its tensors that the host makes float32.
     "from": None,
+    "wide": xla.WIDE,
 }
 
 
@@ -63,7 +64,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     config = preset("gemma-test").replace(**spec["model"])
     data, fsdp, tensor = spec["mesh"]
     section = MeshSection(data=data, fsdp=fsdp, tensor=tensor, virtual_devices=spec["devices"] or None)
-    backend = open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
+    xla.WIDE = spec["wide"]
+    backend = xla.open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
     make = stored(HfReader(spec["from"]), backend) if spec["from"] else initial(config, backend, 0)
     model, specs = build_model(config, backend, make, backend.attention)
     train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"])

@@ -61,6 +61,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it cannot be read, or something else than gemma_xla wrote it.
+        UserError: another version of gemma_xla wrote it.
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -69,7 +70,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         problem = "it was not written by gemma_xla" if isinstance(error, ValidationError) else reason(error)
         raise CheckpointError(folder, f"{STATE} cannot be used: {problem}") from error
     if state["format"] != FORMAT:
-        raise CheckpointError(folder, f"{STATE} has the format {state['format']!r}; this gemma_xla reads {FORMAT!r}")
+        # Sound, perhaps: neither to be passed over nor to be set aside.
+        raise UserError(
+            f"checkpoint {folder}: its format is {state['format']!r} and this gemma_xla reads {FORMAT!r}; use the "
+            "version that wrote it, or choose another output_dir"
+        )
     return state
 
 
@@ -126,7 +131,7 @@ def newest(root: Path, say: Callable[[str], None], backend: Backend | None = Non
     if found:
         raise UserError(
             f"{root}: none of its {len(found)} checkpoint(s) is whole; restore one from a copy, or choose another "
-            "output_dir to start anew"
+            f"output_dir to start anew: {problems[0]}"
         )
     return None
 

@@ -66,6 +66,10 @@ class CheckpointReader:
     def names(self) -> list[str]:
         return list(self._stored)
 
+    def where(self, name: str) -> str:
+        """What to call the place of a tensor in messages."""
+        return f"checkpoint {self.folder}"
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].shape
 

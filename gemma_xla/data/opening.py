@@ -15,6 +15,7 @@ from gemma_xla.data.hub import open_hub, quiet
 from gemma_xla.data.readers import FileReader, first_line
 from gemma_xla.data.sources import IndexedSource, Source, StreamSource, digest
 from gemma_xla.errors import UserError
+from gemma_xla.storage import reason
 
 # Files that a stream is known again by; of a data set on the hub it is only the first, for the sake of a quick start.
 _SAMPLED_FILES = 16
@@ -30,7 +31,12 @@ def open_source(section: SourceSection, field: str) -> Source:
     Raises:
         UserError: there is no such file or data set, it cannot be read, it holds no text, or has no such column.
     """
-    return _open_local(section, field) if is_local(section.path) else _checked(open_hub(section, field), section)
+    if "://" in section.path:
+        raise UserError(f"{field}.path: {section.path!r} is a URL; copy the text here, or name a hub data set")
+    try:
+        return _open_local(section, field) if is_local(section.path) else _checked(open_hub(section, field), section)
+    except OSError as error:
+        raise UserError(f"{field}.path: {section.path!r} cannot be read ({reason(error)}); check the path") from error
 
 
 def _open_local(section: SourceSection, field: str) -> Source:

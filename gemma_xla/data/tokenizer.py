@@ -99,20 +99,24 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {name!r} cannot be read ({error.strerror}); check the path") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder if is_folder else name)
         ids = tokenizer("text", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the tokenizers library raises nothing more special
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if folder.is_dir():
+        if is_folder:
             message = f"the tokenizer in {name!r} cannot be read: {_broken_json(folder)}{reason}; copy the folder anew"
         else:
             message = (
                 f"{name!r} is neither a folder with a tokenizer nor the name of one on the hub that could be read: "
-                f"{reason}"
+                f"{reason}; check the name and the connection"
             )
         raise UserError(f"data.tokenizer: {message}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"data.tokenizer: {name!r} has no fast tokenizer (tokenizer.json)")
+        raise UserError(f"data.tokenizer: {name!r} has no fast tokenizer (tokenizer.json); use one of the Gemma family")
     for token in ("bos_token", "eos_token", "pad_token"):
         if getattr(tokenizer, token) is None:
             raise UserError(f"data.tokenizer: {name!r} has no {token}; use a tokenizer of the Gemma family")

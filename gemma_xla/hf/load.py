@@ -46,8 +46,11 @@ def copy_tokenizer(name_or_path: str | Path, out: Path) -> None:
 
 def _resolve(name_or_path: str | Path, wanted: list[str]) -> Path:
     folder, name = location(name_or_path), str(name_or_path)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({reason(error)}); check the path") from error
     if "://" in name:
         raise UserError(f"{name}: no such folder; check the name")
     try:

@@ -65,14 +65,14 @@ def export(
     out = out.absolute() if is_local(out) else out
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}{nearest(dtype, _DTYPES)}")
-    limit = _parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     texts = {"generation_config.json": _dump(generation_config_json(config))}
     if card is not None:
         texts["README.md"] = card
     texts[CONFIG] = _dump(config_json(config, dtype))
     copies = tokenizer_files(location(tokenizer)) if tokenizer is not None else []
     names = check_tensors(reader, config, f"export to {out}")
-    _check_free(out, overwrite, reader)
+    check_free(out, overwrite, reader)
 
     with _whole_or_nothing(out) as folder:
         _write_weights(reader, names, folder, _DTYPES[dtype], limit)
@@ -160,7 +160,7 @@ def _sibling(out: Path, suffix: str) -> Path:
     return out.with_name(f".{out.name}.{suffix}")
 
 
-def _check_free(out: Path, overwrite: bool, reader: TensorReader) -> None:
+def check_free(out: Path, overwrite: bool, reader: TensorReader | None = None) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -190,7 +190,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return found
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text)
     if not match or not float(match[1]):
         raise UserError(f"max_shard_size is {text!r}; write a number and KB, MB, GB or TB, such as '5GB'")

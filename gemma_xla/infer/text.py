@@ -30,7 +30,9 @@ def open_model(name_or_path: str | Path) -> tuple[Gemma, Any]:
             model = Gemma(config)
         for name in reader.names():
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, nn.Parameter(reader.read(name)))
+            values = torch.empty(reader.shape(name))
+            reader.copy_to(name, values)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(values))
         with fetched(folder / "tokenizer") as local:
             tokenizer = load_tokenizer(local)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +43,10 @@ class GemmaConfig:
         self._check_types()
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"model: {name} is {value}; it must be greater than 0")
+            # Sizes that a 32-bit integer holds, numbers that a float32 does.
+            limit = 3e38 if isinstance(type(self).__dataclass_fields__[name].default, float) else 2**31
+            if not 0 < value < limit:
+                raise UserError(f"model: {name} is {value}; it must be greater than 0 and less than {limit}")
         for name in _TOKEN_IDS:
             value = getattr(self, name)
             if not 0 <= value < self.vocab_size:
@@ -55,11 +56,13 @@ class GemmaConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model: num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
+                f"num_key_value_heads ({self.num_key_value_heads}); make it one"
             )
         if self.layer_types is not None:
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
             self._check_layer_types(self.layer_types)
+        if self.sliding_window is not None and self.sliding_window <= 0:
+            raise UserError(f"model: sliding_window is {self.sliding_window}; it must be greater than 0, or absent")
 
     def _check_types(self) -> None:
         for name in (*_POSITIVE, *_TOKEN_IDS, "sliding_window"):
@@ -100,7 +103,8 @@ class GemmaConfig:
         fields = [field.name for field in dataclasses.fields(self)]
         for name in overrides:
             if name not in fields:
-                raise UserError(f"model: unknown field {name!r}{nearest(name, fields)}")
+                hint = nearest(name, fields) or f"; there are {', '.join(fields)}"
+                raise UserError(f"model: unknown field {name!r}{hint}")
         return dataclasses.replace(self, **overrides)
 
 

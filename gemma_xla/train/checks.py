@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
 from gemma_xla.backend import Backend
 from gemma_xla.config import RunConfig
 from gemma_xla.errors import UserError
+from gemma_xla.hf.config import config_json
+from gemma_xla.hf.writer import check_free, parse_size
 from gemma_xla.model.config import GemmaConfig
 
 # Three arrays of int32 and one of int64 for each position (`gemma_xla.data.packing.pack`).
@@ -70,6 +73,22 @@ def check_memory(config: RunConfig, rows: int, parameters: int, backend: Backend
             f"model: training {parameters:,} parameters on the CPU takes at least {_gigabytes(model)} of memory and "
             f"this machine has {_gigabytes(total)}; choose a smaller model.preset"
         )
+
+
+def check_export(config: RunConfig, model: GemmaConfig, out: Path) -> None:
+    """
+    Raises:
+        UserError: the export at the end of the run would fail.
+    """
+    section = config.export
+    if not section.at_end:
+        return
+    try:
+        parse_size(section.max_shard_size)
+        config_json(model, section.dtype)
+        check_free(out, overwrite=True)
+    except UserError as error:
+        raise UserError(f"export: {error}; or set export.at_end=false") from error
 
 
 def disk_space(config: RunConfig, parameters: int, existing: int) -> int:

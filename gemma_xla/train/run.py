@@ -24,6 +24,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter, num_parameters
 from gemma_xla.hf import copy_tokenizer
 from gemma_xla.model.config import GemmaConfig, preset
+from gemma_xla.storage import reason
 from gemma_xla.train import checks
 from gemma_xla.train.build import plan_shards
 from gemma_xla.train.folder import RunFolder
@@ -56,7 +57,6 @@ class Run:
         checks.check_seq_len(config, self.model_config)
         self.flops = FlopCounter(self.model_config, config.data.seq_len)
         self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
-        plan_shards(self.model_config, self.backend.mesh)
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
@@ -64,7 +64,9 @@ class Run:
         self.compute_dtype = self._compute_dtype()
         rows = self.micro_batch_rows * config.train.grad_accum
         checks.check_memory(config, rows, num_parameters(self.model_config), self.backend)
+        plan_shards(self.model_config, self.backend.mesh)
         self._check_folder()
+        checks.check_export(config, self.model_config, self.folder.export)
         self.corpus = Corpus(config.data, seed=config.seed)
         if self.is_main:
             self.folder.claim()
@@ -133,6 +135,10 @@ class Run:
             accelerator = Accelerator(log_with=self.config.log.trackers or None, project_dir=str(self.folder.work))
         except ValueError as error:
             raise UserError(f"log.trackers is {self.config.log.trackers}: {error}") from error
+        # accelerate leaves those out without a word.
+        there = {str(tracker.value) for tracker in accelerator.log_with}
+        if absent := [name for name in self.config.log.trackers if name not in there]:
+            raise UserError(f"log.trackers names {', '.join(absent)}, not installed here; install it, or leave it out")
         if self.backend.name == "torch":
             self.backend.device = accelerator.device
             if accelerator.num_processes > 1:
@@ -188,7 +194,12 @@ class Run:
 
     def _check_folder(self) -> None:
         section = self.config.checkpoint
-        found = checkpoint.complete(self.folder.checkpoints)
+        try:
+            found = checkpoint.complete(self.folder.checkpoints)
+        except OSError as error:
+            raise UserError(
+                f"output_dir: {self.folder.path} cannot be used ({reason(error)}); choose a folder you may write to"
+            ) from error
         if found and section.resume == "never":
             raise UserError(
                 f"output_dir: {self.folder.path} holds the checkpoint {found[-1].name}; choose another folder, or "
