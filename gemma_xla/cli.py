@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, TextIO
 
 from gemma_xla import interrupts
 from gemma_xla.config import RunConfig
@@ -45,9 +47,29 @@ def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] |
     def start() -> None:
         config = load_config(args.config, overrides)
         configure_environment(config.mesh.virtual_devices)
-        run(config)
+        with contextlib.redirect_stdout(_Lossy(sys.stdout)), contextlib.redirect_stderr(_Lossy(sys.stderr)):
+            run(config)
 
     _guarded(start, args.debug)
+
+
+class _Lossy:
+    """A stream that loses what cannot be written: a run must not end because its log is on a full disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:

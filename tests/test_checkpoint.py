@@ -186,6 +186,10 @@ def foreign(file: Path) -> None:
     file.write_text('{"step": 3}')
 
 
+def lie(file: Path) -> None:
+    file.write_text(file.read_text().replace("2.9.0", "2.9.1"))
+
+
 DAMAGE = {
     ("tensors-00000.safetensors", Path.unlink): "tensors-00000.safetensors cannot be read (No such file or directory)",
     ("tensors-00000.safetensors", cut): "tensors-00000.safetensors is 50 bytes long, not ",
@@ -194,6 +198,7 @@ DAMAGE = {
     ("tensors-00000.json", cut): "tensors-00000.json is 50 bytes long, not ",
     ("tensors-00000.json", flip): "tensors-00000.json is damaged",
     ("state.json", cut): "state.json cannot be used: ",
+    ("state.json", lie): "state.json is damaged: its checksum is not that of what was written",
     ("state.json", foreign): "state.json cannot be used: it was not written by gemma_xla",
 }
 
@@ -231,7 +236,8 @@ def test_a_newer_format_is_refused_by_name(tmp_path, tensors, backend):
 
 def test_a_seal_cannot_point_elsewhere(tmp_path, tensors, backend):
     state = save(tmp_path, 1, tensors, {}, backend) / "state.json"
-    state.write_text(state.read_text().replace("tensors-00000.json", "../../secret"))
+    text = json.loads(state.read_text().replace("tensors-00000.json", "../../secret"))
+    state.write_text(folder_module.seal(text))
     with pytest.raises(CheckpointError, match="names '../../secret', which is not in the folder"):
         folder_module.check(state.parent)
 

@@ -25,6 +25,9 @@ class Tracker:
     def __init__(self) -> None:
         self.logged = []
 
+    def end_training(self):
+        """Nothing is buffered."""
+
     def log(self, values, step):
         self.logged.append((step, values))
 

@@ -41,6 +41,7 @@ class _Sealed(BaseModel):
     format: str
     step: int
     files: dict[str, FileInfo]
+    crc32: int
 
 
 def folder_name(step: int) -> str:
@@ -56,11 +57,16 @@ def complete(root: Path) -> list[Path]:
     return [folder for folder in _numbered(root) if (folder / STATE).exists()]
 
 
+def seal(state: dict[str, Any]) -> str:
+    """The text of ``state.json``: the state and a checksum of it."""
+    return json.dumps(state | {"crc32": _checksum(state)}, indent=1)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or something else than gemma_xla wrote it.
+        CheckpointError: it cannot be read, is damaged, or something else than gemma_xla wrote it.
         UserError: another version of gemma_xla wrote it.
     """
     try:
@@ -75,6 +81,8 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder}: its format is {state['format']!r} and this gemma_xla reads {FORMAT!r}; use the "
             "version that wrote it, or choose another output_dir"
         )
+    if _checksum(state) != state["crc32"]:
+        raise CheckpointError(folder, f"{STATE} is damaged: its checksum is not that of what was written")
     return state
 
 
@@ -186,3 +194,8 @@ def _check_file(folder: Path, name: str, info: FileInfo, bar: tqdm) -> None:
         raise CheckpointError(folder, f"{name} is {size:,} bytes long, not {info.bytes:,}")
     if crc != info.crc32:
         raise CheckpointError(folder, f"{name} is damaged: its checksum is not that of what was written")
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    rest = {key: value for key, value in state.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())

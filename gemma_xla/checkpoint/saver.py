@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from gemma_xla.backend import Backend, Piece
-from gemma_xla.checkpoint.folder import FORMAT, STATE, discard, folder_name, prune
+from gemma_xla.checkpoint.folder import FORMAT, STATE, discard, folder_name, prune, seal
 from gemma_xla.checkpoint.reader import INDEX, Part, Stored
 from gemma_xla.errors import TrainingError
 from gemma_xla.storage import reason, remove_tree, replace_text, retried, sync
@@ -94,7 +94,7 @@ class Saver:
             held.clear()
             if index == 0:
                 state["files"] = self._gather(folder, state["hosts"])
-                replace_text(folder / STATE, json.dumps(state, indent=1))
+                replace_text(folder / STATE, seal(state))
                 sync(self.root)
                 prune(self.root, self.keep_last, self.keep_every)
         except Exception as error:  # noqa: BLE001 (training goes on, whatever the disk says)

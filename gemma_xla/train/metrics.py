@@ -105,6 +105,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self.flush()
+        self._attempt("trackers", self.accelerator.end_training)
         self.bar.close()
 
     def _rewrite(self) -> None:
@@ -129,6 +130,8 @@ class MetricsLog:
             if what not in self._failing:
                 self.say(f"warning: {what} could not be written ({reason(error)}); training goes on")
             self._failing.add(what)
+            # TensorBoard raises the same one at every step, and each time it would hold on to more.
+            error.__traceback__ = None
         else:
             self._failing.discard(what)
 

@@ -75,7 +75,6 @@ class Trainer:
             self.saver.wait()
             self.log.close()
             self.train_loader.close()
-            self.run.accelerator.end_training()
             if self.run.is_main:
                 self.run.folder.publish()
         return summary(self.log.records)
@@ -154,12 +153,14 @@ class Trainer:
             loss_chunk=section.loss_chunk,
         )
         self.backend.flush()
+        if run.newest:
+            # Last: on XLA, handing over what was recorded moves the generator on.
+            self.backend.set_rng_state(run.newest.state["rng"])
 
     def _resume(self, reader: CheckpointReader, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.meter.tokens, self.meter.seconds = state["tokens"], state["seconds"]
         restore_optimizer(reader, self.model, self.specs, self.backend, self.optimizer, self.step)
-        self.backend.set_rng_state(state["rng"])
         self.run.say(f"Continuing from step {self.step} ({reader.folder})")
 
     def _tensors(self) -> dict[str, torch.Tensor]:
