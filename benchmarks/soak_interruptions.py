@@ -16,8 +16,8 @@ from soak_run import SoakedRun
 from gemma_xla.checkpoint import check, complete
 from gemma_xla.checkpoint.folder import STATE, step_of
 
-# What a run may print while its disk is full, in bytes.
-_LOG_ROOM = 1 << 13
+# What a run may print while its disk is full, in bytes: at any time, and with each step.
+_LOG_ROOM, _LINE = 4096, 256
 
 
 class Ended(NamedTuple):
@@ -75,7 +75,7 @@ def fill_disk(run: SoakedRun, draw: Random) -> None:
     warning = "warning: the checkpoint of step"
     time.sleep(draw.random() * run.step_seconds)
     failed = run.text.count(warning)
-    with run.full_disk(run.log.stat().st_size + _LOG_ROOM):
+    with run.full_disk(run.log.stat().st_size + _LOG_ROOM + _LINE * run.every):
         run.wait_until(lambda: run.text.count(warning) > failed)
         before = complete(run.checkpoints)[-1]
         check(before)
@@ -86,6 +86,7 @@ def damage(run: SoakedRun, draw: Random) -> Ended:
     """SIGKILL, and a file of the newest checkpoint is changed by a bit, cut short or gone."""
     ended = _kill(run)
     before, newest = complete(run.checkpoints)[-2:]
+    # A folder without its state is no checkpoint: it would be passed over without a word.
     files = sorted(file for file in newest.iterdir() if file.name != STATE)
     draw.choice([flip, cut, delete])(draw.choice(files), draw)
     said = (f"warning: checkpoint {newest}: ", f"{newest} is now called damaged-{newest.name}")

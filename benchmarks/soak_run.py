@@ -80,7 +80,7 @@ class SoakedRun:
         self.every = every
         # Of each process.
         self.samples: list[list[Sample]] = []
-        # What the latest start took until the run went on, in seconds.
+        # What a start takes until the run goes on, in seconds.
         self.start_seconds = 0.0
         self._start = start
         self._arguments = [*arguments, "--set", f"output_dir={folder}"]
@@ -93,6 +93,7 @@ class SoakedRun:
     def __exit__(self, *_: object) -> None:
         if self._process is not None and self._process.poll() is None:
             os.kill(self._process.pid, signal.SIGKILL)
+            self._moved = time.monotonic()
             self.wait_for_end()
 
     @property
@@ -126,7 +127,8 @@ class SoakedRun:
         self.log.touch()
         self._process = self._start(self._arguments, self.log)
         self._watched = psutil.Process(self._process.pid)
-        self._moved, self._seen = time.monotonic(), 0
+        self._started = self._moved = time.monotonic()
+        self._seen = 0
 
     def resume(self, *said: str) -> int:
         """Start the next process; return the step it continues from once it has printed that and ``said``.
@@ -135,7 +137,6 @@ class SoakedRun:
             Failed: it never does.
         """
         self.start()
-        begun = time.monotonic()
         found: list[int] = []
 
         def told() -> bool:
@@ -144,7 +145,7 @@ class SoakedRun:
             return bool(found) and all(phrase in text for phrase in said)
 
         self.wait_until(told)
-        self.start_seconds = time.monotonic() - begun
+        self.start_seconds = time.monotonic() - self._started
         return found[0]
 
     def end(self, number: signal.Signals) -> int:
@@ -202,6 +203,7 @@ class SoakedRun:
             memory, handles = self._watched.memory_info().rss, self._watched.num_fds()
             samples.append(Sample(now, step, memory, handles, self._watched.num_threads()))
         if step != self._seen:
+            self.start_seconds = self.start_seconds or now - self._started
             self._moved, self._seen = now, step
             self._bar.update(step - self._bar.n)
         if now > self._moved + PATIENCE:
