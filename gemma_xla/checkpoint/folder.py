@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
@@ -34,14 +34,14 @@ class FileInfo(BaseModel):
     """What a file must be like."""
 
     bytes: int
-    crc32: int
+    xxh3: str
 
 
 class _Sealed(BaseModel):
     format: str
     step: int
     files: dict[str, FileInfo]
-    crc32: int
+    xxh3: str
 
 
 def folder_name(step: int) -> str:
@@ -59,7 +59,7 @@ def complete(root: Path) -> list[Path]:
 
 def seal(state: dict[str, Any]) -> str:
     """The text of ``state.json``: the state and a checksum of it."""
-    return json.dumps(state | {"crc32": _checksum(state)}, indent=1)
+    return json.dumps(state | {"xxh3": _checksum(state)}, indent=1)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder}: its format is {state['format']!r} and this gemma_xla reads {FORMAT!r}; use the "
             "version that wrote it, or choose another output_dir"
         )
-    if _checksum(state) != state["crc32"]:
+    if _checksum(state) != state["xxh3"]:
         raise CheckpointError(folder, f"{STATE} is damaged: its checksum is not that of what was written")
     return state
 
@@ -182,20 +182,21 @@ def _numbered(root: Path) -> list[Path]:
 def _check_file(folder: Path, name: str, info: FileInfo, bar: tqdm) -> None:
     if "/" in name or "\\" in name:
         raise CheckpointError(folder, f"{STATE} names {name!r}, which is not in the folder")
-    crc = size = 0
+    found, size = xxhash.xxh3_64(), 0
     try:
         with (folder / name).open("rb") as file:
             while block := file.read(_BLOCK):
-                crc, size = zlib.crc32(block, crc), size + len(block)
+                found.update(block)
+                size += len(block)
                 bar.update(len(block))
     except OSError as error:
         raise CheckpointError(folder, f"{name} cannot be read ({reason(error)})") from error
     if size != info.bytes:
         raise CheckpointError(folder, f"{name} is {size:,} bytes long, not {info.bytes:,}")
-    if crc != info.crc32:
+    if found.hexdigest() != info.xxh3:
         raise CheckpointError(folder, f"{name} is damaged: its checksum is not that of what was written")
 
 
-def _checksum(state: dict[str, Any]) -> int:
-    rest = {key: value for key, value in state.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+def _checksum(state: dict[str, Any]) -> str:
+    rest = {key: value for key, value in state.items() if key != "xxh3"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
