@@ -3,25 +3,29 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help pretrain test test-xla test-slow lint clean
+.PHONY: help pretrain test test-xla test-slow soak lint clean
 help:
 	@echo "make pretrain   train a small Gemma on Python's standard library, on four simulated devices (about 6 minutes)"
 	@echo "make test       run the default tests (about 5 minutes)"
 	@echo "make test-xla   run the tests on several simulated devices"
 	@echo "make test-slow  run the tests of large shapes and whole runs"
+	@echo "make soak       interrupt an hour of the quickstart in every way and compare the outcome (2.5 hours)"
 	@echo "make lint       check style"
 
 pretrain: $(READY)
 	$(BIN)/accelerate launch recipes/pretrain.py --config recipes/configs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-xla: $(READY)
 	$(BIN)/python -m pytest -m xla
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
