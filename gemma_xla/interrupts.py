@@ -46,7 +46,12 @@ def handled() -> Iterator[None]:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # The process is about to end: no traceback if another one comes.
+                signal.signal(number, handler if _received is None else _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    os._exit(_EXIT_CODES[signal.Signals(number)])
 
 
 def received() -> signal.Signals | None:
