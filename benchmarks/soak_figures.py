@@ -15,8 +15,9 @@ from gemma_xla.train.metrics import read_metrics
 
 # What must be the same in both runs' records; the rest are times.
 RECORDED = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
-# Fractions of a process's steps: after warm-up, and at the end.
+# Fractions of a process's steps: after warm-up and at the end; both halves after warm-up.
 EARLY, LATE = (0.2, 0.4), (0.8, 1.0)
+FIRST_HALF, SECOND_HALF = (0.2, 0.6), (0.6, 1.0)
 # Samples in either.
 ENOUGH = 10
 MEMORY_BOUND = 0.02
@@ -88,18 +89,24 @@ def growth(samples: list[Sample]) -> tuple[float, int, int] | None:
     """What a process held at its end beyond what it held after warm-up: memory (a fraction), file handles, threads.
 
     Of memory the most in either part counts: the allocator keeps what a checkpoint needed, or gives it back, as it
-    likes. Of handles and threads the least: checkpoints and evaluations have theirs for a while. None: there are too
-    few samples to tell.
+    likes. Of handles and threads both the least and the most must have grown: checkpoints and evaluations have theirs
+    for a while, on a busy machine for nearly all of a part. None: there are too few samples to tell.
     """
+    parts = [_between(samples, *bounds) for bounds in (EARLY, LATE, FIRST_HALF, SECOND_HALF)]
+    if min(map(len, parts)) < ENOUGH:
+        return None
+    early, late, *halves = parts
+    memory = max(s.rss for s in late) / max(s.rss for s in early) - 1
+    handles = _grown(*([s.handles for s in half] for half in halves))
+    return memory, handles, _grown(*([s.threads for s in half] for half in halves))
+
+
+def _between(samples: list[Sample], low: float, high: float) -> list[Sample]:
     # With the last step come samples of what follows training.
     first, last = samples[0].step, samples[-1].step
-    parts = []
-    for low, high in (EARLY, LATE):
-        low, high = (first + (last - first) * at for at in (low, high))
-        parts.append([sample for sample in samples if low <= sample.step < high])
-    early, late = parts
-    if min(len(early), len(late)) < ENOUGH:
-        return None
-    memory = max(s.rss for s in late) / max(s.rss for s in early) - 1
-    handles = min(s.handles for s in late) - min(s.handles for s in early)
-    return memory, handles, min(s.threads for s in late) - min(s.threads for s in early)
+    low, high = (first + (last - first) * at for at in (low, high))
+    return [sample for sample in samples if low <= sample.step < high]
+
+
+def _grown(early: list[int], late: list[int]) -> int:
+    return max(0, min(min(late) - min(early), max(late) - max(early)))

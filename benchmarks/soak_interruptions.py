@@ -124,9 +124,8 @@ INTERRUPTIONS: dict[str, Interruption] = {
 
 def _kill(run: SoakedRun) -> Ended:
     reported, newest = run.end(signal.SIGKILL), complete(run.checkpoints)[-1]
-    # What a checkpoint under way holds is lost too.
-    intervals = 2 if _newest_begun(run) > newest else 1
-    return Ended(reported, step_of(newest), intervals * run.every)
+    # What a checkpoint under way holds is lost too; until its folder is there, nothing tells of it.
+    return Ended(reported, step_of(newest), 2 * run.every)
 
 
 def _newest_begun(run: SoakedRun) -> Path:

@@ -49,8 +49,9 @@ def test_a_run_survives_every_interruption(tiny_file, tmp_path, capsys):
     folder, kinds = tmp_path / "soak", len(INTERRUPTIONS)
     given = [*arguments(tiny_file(folder), *SETTINGS), "--folder", str(folder)]
     code = soak.main([*given, "--steps", "140", "--interruptions", str(kinds)], forked)
-    *progress, survived, lost, bits, memory, handles, threads = capsys.readouterr().out.splitlines()
-    assert code == 0, [*progress, survived, lost, bits, memory, handles, threads]
+    said = capsys.readouterr().out
+    assert code == 0, said
+    *progress, survived, lost, bits, memory, handles, threads = said.splitlines()
     assert len(progress) == kinds
     assert survived.startswith(f"interruptions survived: {kinds} of {kinds}: 1 ")
     assert all(f"1 {kind}" in survived for kind in INTERRUPTIONS)
@@ -124,8 +125,11 @@ def test_what_grows_is_seen():
     assert growth(steady()) == (0.0, 0, 0)
     assert growth(steady()[::4]) is None
     assert growth(steady(rss=1e6))[0] == pytest.approx(1.192 / 1.140 - 1)
-    assert growth(steady(handles=0.1))[1:] == (6, 0)
-    assert growth(steady(threads=0.05))[1:] == (0, 3)
+    assert growth(steady(handles=0.1))[1:] == (3, 0)
+    assert growth(steady(threads=0.1))[1:] == (0, 3)
+    # A machine so busy that the second half is one long checkpoint.
+    busy = [s if s.step < 60 else s._replace(handles=7, threads=8) for s in steady()]
+    assert growth(busy)[1:] == (0, 0)
 
 
 @pytest.mark.parametrize(
