@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 
-from gemma_xla.config import DataSection, MeshSection, OptimizerSection, TrainSection
+from gemma_xla.config import MeshSection, OptimizerSection, TrainSection
+from gemma_xla.config_data import DataSection
 from gemma_xla.model.config import preset
 from gemma_xla.model.gemma import init_parameter
 from gemma_xla.train.build import build_model, initial

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from gemma_xla.config_base import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, Text
+from gemma_xla.config_data import DataSection
 from gemma_xla.errors import UserError
-
-# Sizes and counts that a 32-bit integer holds, as the devices' own do.
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-# What a float32 holds.
-PositiveFloat = Annotated[float, Field(gt=0, lt=3e38)]
-NonNegativeFloat = Annotated[float, Field(ge=0, lt=3e38)]
-# A name or path: not empty, and without the one character that no path has.
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys, wrong types and NaN are errors, and nothing changes once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from gemma_xla.model.config import LORA_TARGETS
 
 
 class ModelSection(Section):
@@ -30,7 +17,8 @@ class ModelSection(Section):
 
     # A name, such as gemma-2b (the default where there is no `init_from`).
     preset: Text | None = None
-    # Start from the weights of a Hugging Face folder or hub id, whose config.json then takes the preset's place.
+    # Start from the weights of a Hugging Face folder or hub id, or of a run of ours; its architecture then takes the
+    # preset's place.
     init_from: Text | None = None
     # GemmaConfig fields to change.
     overrides: dict[str, Any] = {}
@@ -43,49 +31,17 @@ class ModelSection(Section):
         return self
 
 
-class SourceSection(Section):
-    """Where text comes from."""
+class LoraSection(Section):
+    """Low-rank adapters (arXiv:2106.09685) beside frozen weights, which are kept in the compute dtype."""
 
-    # A data set name on the Hugging Face hub, or a local file, folder or glob. "{stdlib}" stands for the folder of
-    # Python's standard library, "~" for the home folder.
-    path: Text
-    weight: PositiveFloat = 1.0
-    # The column that holds the text (.jsonl, .parquet and hub data sets).
-    column: str = "text"
-    # What of a text file is a document: all of it, what stands between blank lines, or a line.
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    # For hub data sets: the split, the subset, and whether to read it without downloading it first.
-    split: str = "train"
-    subset: str | None = None
-    streaming: bool = False
-
-
-def _as_sources(value: Any) -> Any:
-    """Accept a path, a source, or a list of either."""
-    if isinstance(value, (str, dict)):
-        value = [value]
-    if isinstance(value, list):
-        value = [{"path": item} if isinstance(item, str) else item for item in value]
-    return value
-
-
-Sources = Annotated[list[SourceSection], BeforeValidator(_as_sources), Field(min_length=1)]
-
-
-class DataSection(Section):
-    """What to train and evaluate on."""
-
-    train: Sources
-    # Held-out text; when absent, `eval_fraction` of the training documents is held out instead.
-    eval: Sources | None = None
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    # A folder or hub name with a tokenizer; when absent, one is trained on the training text with `vocab_size` tokens.
-    tokenizer: Text | None = None
-    vocab_size: Positive | None = None
-    seq_len: Annotated[int, Field(ge=2, lt=2**31)] = 8192
-    shuffle: bool = True
-    # Batches made ready ahead of the step that needs them.
-    prefetch: Positive = 2
+    rank: Positive = 16
+    # The adapters' output is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora` (arXiv:2312.03732).
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[Text], Field(min_length=1)] = list(LORA_TARGETS)
+    use_rslora: bool = False
+    # Also learn the length of each row of the adapted matrices (arXiv:2402.09353).
+    use_dora: bool = False
 
 
 class MeshSection(Section):
@@ -126,7 +82,9 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """The optimisation itself."""
 
-    steps: Positive
+    # How long: steps, or passes over data.train (of files and data sets that are not streamed).
+    steps: Positive | None = None
+    epochs: PositiveFloat | None = None
     # Rows per step. Give either the number for the whole mesh, or the number per micro-batch and per device along the
     # mesh's data and fsdp axes.
     batch_size: Positive | None = None
@@ -152,11 +110,18 @@ class TrainSection(Section):
                 f"schedule.kind is {schedule.kind!r} and schedule.decay_steps is {schedule.decay_steps}; wsd needs "
                 "decay_steps, and nothing else takes them"
             )
-        if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > self.steps:
+        if self.steps and schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.decay_steps ({schedule.decay_steps}) do "
                 f"not fit into {self.steps} steps; lower them, or raise steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        # Resolved, a run has both.
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps and epochs are both missing; give one of them")
         return self
 
     @model_validator(mode="after")
@@ -189,6 +154,13 @@ class EvalSection(Section):
     every: Count = 0
     # Batches per evaluation; when absent, all held-out text, once.
     batches: Positive | None = None
+    # Also evaluate before the first step.
+    at_start: bool = False
+    # Evaluations without a new lowest loss after which training stops.
+    early_stopping_patience: Positive | None = None
+    # Prompts to continue at each evaluation, and how far.
+    prompts: list[Text] = []
+    max_new_tokens: Positive = 48
 
 
 class CheckpointSection(Section):
@@ -199,6 +171,8 @@ class CheckpointSection(Section):
     keep_last: Positive = 2
     # Also keep those whose step is a multiple of this; 0: none.
     keep_every: Count = 0
+    # Also keep the one with the lowest held-out loss, and export that.
+    keep_best: bool = False
     # "auto" continues the newest complete checkpoint of the output folder, "never" refuses a folder that has one.
     resume: Literal["auto", "never"] = "auto"
     # Keys that may differ from the checkpoint's config though that changes results, such as [train.optimizer.lr].
@@ -212,9 +186,15 @@ class CheckpointSection(Section):
 
 
 class ExportSection(Section):
-    """The Hugging Face folder written at the end."""
+    """The Hugging Face folder written at the end: the model or, with LoRA, the adapter."""
 
     at_end: bool = True
+    # With LoRA, also the model that has the adapter merged into its weights.
+    merged: bool = False
+    # Load the adapter with peft and compare its log-probabilities with ours.
+    verify: bool = False
+    # The hub repository to upload to, such as me/my-gemma; it is private unless it is there already.
+    push_to_hub: Text | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     max_shard_size: str = "5GB"
 
@@ -244,6 +224,8 @@ class RunConfig(Section):
     output_dir: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelSection = ModelSection()
+    # Absent: all weights are trained.
+    lora: LoraSection | None = None
     data: DataSection
     mesh: MeshSection = MeshSection()
     train: TrainSection

@@ -6,12 +6,14 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from gemma_xla.config import RunConfig, Section, SourceSection
+from gemma_xla.config import RunConfig
+from gemma_xla.config_base import Section
+from gemma_xla.config_data import SourceSection
 from gemma_xla.errors import UserError, nearest
 
 # Our words for what pydantic says of a value, by the name it gives the mistake.
@@ -190,15 +192,20 @@ def _section(loc: tuple[str | int, ...]) -> type[Section]:
     node: Any = RunConfig
     for part in loc:
         if isinstance(part, str):
-            node = node.model_fields[part].annotation
             # Lists hold sources.
-            node = node if isinstance(node, type) and issubclass(node, Section) else SourceSection
+            node = _as_section(node.model_fields[part].annotation) or SourceSection
     return node
 
 
 def _fields(section: type[Section], prefix: str = "") -> Iterator[str]:
     """The dotted names of all fields that are not sections themselves."""
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+        if inner := _as_section(field.annotation):
+            yield from _fields(inner, f"{prefix}{name}.")
         yield prefix + name
+
+
+def _as_section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, perhaps an optional one."""
+    kinds = get_args(annotation) or (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_xla.errors import UserError, nearest
+from gemma_xla.model.config import LORA_TARGETS
 
 if TYPE_CHECKING:
     from gemma_xla.model.config import GemmaConfig
 
 _UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

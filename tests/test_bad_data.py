@@ -20,7 +20,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from gemma_xla.config import DataSection
+from gemma_xla.config_data import DataSection
 from gemma_xla.data.documents import Corpus
 from gemma_xla.data.loader import EvalLoader, TrainLoader
 from gemma_xla.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer

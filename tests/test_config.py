@@ -136,7 +136,7 @@ WRONG_VALUES = {
     "steps=3": "unknown key 'steps'; did you mean 'train.steps'?",
     "train.lr=3": "unknown key 'train.lr'; did you mean 'train.optimizer.lr'?",
     "optimizer.lr=3": "unknown key 'optimizer'; did you mean 'train.optimizer'?",
-    "export.foo=3": "unknown key 'export.foo'; valid keys here: at_end, dtype, max_shard_size",
+    "export.foo=3": "unknown key 'export.foo'; valid keys here: at_end, merged, verify, push_to_hub, dtype, max_shard_size",
     "data.train={pth: a}": "unknown key 'data.train[0].pth'; did you mean 'data.train[0].path'?",
     "data.train=[a, {path: b, wieght: 2}]": "unknown key 'data.train[1].wieght'; did you mean 'data.train[1].weight'?",
     "mesh={1: 2}": "unknown key 'mesh[1]'; keys must be text",
@@ -153,7 +153,7 @@ WRONG_VALUES = {
     "train.steps=2.5": "train.steps is 2.5; must be a whole number",
     "train.steps=2.0": "train.steps is 2.0; must be a whole number",
     "train.steps=true": "train.steps is true; must be a whole number",
-    "train.steps=": "train.steps is empty; must be a whole number",
+    "train.steps=": "train: steps and epochs are both missing; give one of them",
     "train.steps=3=4": "train.steps is '3=4'; must be a whole number",
     "train=": "train is empty; must hold `key: value` pairs",
     "mesh=4": "mesh is 4; must hold `key: value` pairs",
@@ -199,7 +199,7 @@ WRONG_FILES = {
     ),
     MINIMAL.replace("output_dir: out", "seed: 1"): ": output_dir is missing; add it",
     MINIMAL.replace("steps", "step"): ": unknown key 'train.step'; did you mean 'train.steps'?",
-    MINIMAL.replace("steps: 3, ", ""): ": train.steps is missing; add it",
+    MINIMAL.replace("steps: 3, ", ""): ": train: steps and epochs are both missing; give one of them",
     MINIMAL.replace("data:", "dta:"): ": unknown key 'dta'; did you mean 'data'?",
 }
 

@@ -28,6 +28,8 @@ ORDER = [
     {"flops", "chips"},
     {"config_file"},
     {"config"},
+    {"config_data"},
+    {"config_base"},
     {"tensor_file", "storage", "interrupts"},
     {"errors", "model.config"},
 ]

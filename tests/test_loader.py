@@ -12,7 +12,7 @@ from itertools import islice
 import pytest
 import torch
 
-from gemma_xla.config import DataSection
+from gemma_xla.config_data import DataSection
 from gemma_xla.data.documents import Corpus
 from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states
 from gemma_xla.data.prefetch import prefetch

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma_xla.config import SourceSection
+from gemma_xla.config_data import SourceSection
 from gemma_xla.data.files import find_files, is_local
 from gemma_xla.data.hub import from_dataset
 from gemma_xla.data.opening import open_source

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from gemma_xla.config import DataSection, SourceSection
+from gemma_xla.config_data import DataSection, SourceSection
 from gemma_xla.data.draws import generator, uniform
 from gemma_xla.data.opening import open_source
 from gemma_xla.data.packing import Document, Encode

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from gemma_xla.config import SourceSection
+from gemma_xla.config_data import SourceSection
 from gemma_xla.data.readers import first_line
 from gemma_xla.data.sources import IndexedSource, Source, StreamSource, has_text
 from gemma_xla.errors import UserError, nearest

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from gemma_xla.config import SourceSection
+from gemma_xla.config_data import SourceSection
 from gemma_xla.data.files import file_kind, find_files, is_local
 from gemma_xla.data.hub import open_hub, quiet
 from gemma_xla.data.readers import FileReader, first_line

@@ -8,6 +8,9 @@ from typing import Any
 
 from gemma_xla.errors import UserError, nearest
 
+# The modules of a layer that hold matrices; an adapter can stand beside each.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class GemmaConfig:
