@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import gzip
 import json
@@ -19,7 +20,7 @@ from gemma_xla.data.prefetch import prefetch
 from gemma_xla.data.readers import FileReader
 from gemma_xla.data.tokenizer import train_tokenizer
 from gemma_xla.errors import UserError
-from tests.conftest import make_texts, write_jsonl
+from tests.conftest import WORDS, make_texts, write_jsonl
 
 ROWS = 4
 SEQ_LEN = 32
@@ -292,6 +293,120 @@ class TestEvaluation:
             assert len(list(corpus.texts())) == 10 - count
 
 
+def examples_in(batches: list[dict[str, torch.Tensor]], tokenizer) -> list[tuple[str, str]]:
+    """What is read and what is learnt of each example, told apart by the numbers of a row's segments."""
+    found = []
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
+                here = batch["segment_ids"][row] == segment
+                ids, labels = batch["input_ids"][row][here].tolist(), batch["shift_labels"][row][here].tolist()
+                learnt = [label for label in labels if label >= 0]
+                assert batch["position_ids"][row][here].tolist() == list(range(len(ids)))
+                assert ids[0] == tokenizer.bos_token_id
+                assert labels == [-100] * (len(labels) - len(learnt)) + learnt
+                read = ids[1 : len(ids) - len(learnt) + 1]
+                found.append((tokenizer.decode(read), tokenizer.decode(learnt)))
+    return found
+
+
+class TestExamples:
+    COUNT = 40
+
+    @pytest.fixture(scope="class")
+    def pairs(self) -> list[tuple[str, str]]:
+        draw = random.Random(7)
+        return [(f"{i}: ", " ".join(draw.choices(WORDS, k=draw.choice([1, 3, 8])))) for i in range(self.COUNT)]
+
+    @pytest.fixture(scope="class")
+    def file(self, pairs, tmp_path_factory):
+        file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+        records = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return file
+
+    @pytest.fixture(params=["indexed", "streamed", "mixed", "unpacked"])
+    def settings(self, request, file, folder) -> DataSection:
+        streamed, text = {"path": str(file), "streaming": True}, {"path": f"{folder}/many.jsonl", "weight": 0.5}
+        train = {"streamed": [streamed], "mixed": [str(file), streamed, text]}.get(request.param, [str(file)])
+        packing = request.param != "unpacked"
+        return DataSection(train=train, eval_fraction=0.1, seq_len=SEQ_LEN, packing=packing)
+
+    def test_an_epoch_holds_each_example_once_and_whole(self, file, pairs, tokenizer):
+        for packing in (True, False):
+            config = DataSection(train=str(file), eval_fraction=0.0, seq_len=SEQ_LEN, packing=packing)
+            found = []
+            for row in range(ROWS):
+                with train_loader(config, tokenizer, range(row, row + 1)) as loader:
+                    found += examples_in(take([loader], self.COUNT), tokenizer)[: self.COUNT // ROWS]
+            assert sorted(found) == sorted((prompt, f"{completion}<eos>") for prompt, completion in pairs)
+
+    def test_stats_are_measured(self, settings, tokenizer):
+        with train_loader(settings, tokenizer) as loader:
+            batches = take([loader], 30)
+            stats = loader.stats()
+        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in batches)
+        learnt = sum(int((batch["shift_labels"] >= 0).sum()) for batch in batches)
+        assert (stats["tokens"], stats["trained_tokens"]) == (tokens, learnt)
+        assert stats["padding"] == pytest.approx(1 - tokens / (30 * ROWS * SEQ_LEN))
+        assert 0 < stats["padding"] < 0.8
+        assert 0 < learnt < tokens
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_an_interrupted_run_sees_the_batches_of_one_that_is_not(self, settings, tokenizer, seed):
+        draw, total = random.Random(seed), 60
+        with train_loader(settings, tokenizer) as loader:
+            expected, stats = take([loader], total), loader.stats()
+        state, done = None, 0
+        while done < total:
+            loaders = [train_loader(settings, tokenizer, rows) for rows in hosts(draw.choice([1, 2, 4]))]
+            for loader in loaders:
+                if state is not None:
+                    loader.load_state_dict(state)
+            count = min(draw.randint(1, 15), total - done)
+            assert_equal(take(loaders, count), expected[done : done + count])
+            done += count
+            state = json.loads(json.dumps(merge_states(loader.state_dict() for loader in loaders)))
+            for loader in loaders:
+                loader.close()
+        with train_loader(settings, tokenizer) as loader:
+            loader.load_state_dict(state)
+            assert loader.stats() == stats
+
+    def test_fewer_examples_than_lanes_are_repeated_whole(self, tmp_path, tokenizer):
+        records = [{"prompt": f"{i}: ", "completion": "he was in it"} for i in range(3)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        config = DataSection(train=f"{tmp_path}/a.jsonl", eval_fraction=0.0, seq_len=SEQ_LEN, packing=False)
+        with train_loader(config, tokenizer) as loader:
+            found = examples_in(take([loader], 3), tokenizer)
+        # Twelve rows: four epochs.
+        assert sorted(found) == sorted([(f"{i}: ", "he was in it<eos>") for i in range(3)] * 4)
+
+    def test_evaluation(self, settings, file, pairs, tokenizer):
+        config = settings.model_copy(update={"eval": DataSection(train=str(file)).train})
+        loader = EvalLoader(Corpus(config, seed=0), tokenizer, num_rows=ROWS, rows=range(ROWS))
+        batches = list(loader)
+        assert examples_in(batches, tokenizer) == [(prompt, f"{completion}<eos>") for prompt, completion in pairs]
+        assert loader.stats()["tokens"] == sum(int((batch["shift_labels"] >= 0).sum()) for batch in batches)
+        if not config.packing:
+            assert len(batches) == self.COUNT // ROWS
+
+    def test_too_long_examples_are_dropped(self, file, pairs, tokenizer):
+        config = DataSection(train=str(file), eval=str(file), seq_len=8, too_long="drop")
+        corpus = Corpus(config, seed=0)
+        fit = [
+            (p, f"{c}<eos>") for p, c in pairs if len(tokenizer(p)["input_ids"]) + len(tokenizer(c)["input_ids"]) <= 9
+        ]
+        assert 5 < len(fit) < self.COUNT
+        assert examples_in(EvalLoader(corpus, tokenizer, num_rows=2, rows=range(2)), tokenizer) == fit
+        with TrainLoader(corpus, tokenizer, num_rows=2, rows=range(2)) as loader:
+            assert set(examples_in(take([loader], 40), tokenizer)) == set(fit)
+
+    def test_a_tokenizer_is_trained_on_what_they_say(self, file, pairs):
+        texts = Corpus(DataSection(train=str(file), eval_fraction=0.0), seed=0).texts()
+        assert sorted(texts) == sorted(f"{prompt}\n{completion}" for prompt, completion in pairs)
+
+
 class TestMistakes:
     def test_nothing_to_hold_out(self, folder):
         with pytest.raises(UserError, match="data.eval_fraction is 0.01, but data.train is a single document"):
@@ -350,6 +465,16 @@ class TestMistakes:
         del state["setup"]["content"], state["streams"]
         with pytest.raises(UserError, match="is of another version of gemma_xla; continue with that version, or start"):
             train_loader(config, tokenizer).load_state_dict(state)
+
+    def test_position_of_another_chat_template(self, tmp_path, tokenizer):
+        chat = {"messages": [{"role": "user", "content": "he"}, {"role": "assistant", "content": "was"}]}
+        (tmp_path / "a.jsonl").write_text(json.dumps(chat))
+        config = DataSection(train=f"{tmp_path}/a.jsonl", eval_fraction=0.0, seq_len=8)
+        state = train_loader(config, tokenizer).state_dict()
+        other = copy.copy(tokenizer)
+        other.chat_template = tokenizer.chat_template + "\n"
+        with pytest.raises(UserError, match="the saved position has chat_template .*, but this run has .*; continue"):
+            train_loader(config, other).load_state_dict(state)
 
     def test_position_of_one_host_only(self, folder, tokenizer):
         config = DataSection(train=f"{folder}/few.jsonl", seq_len=8)

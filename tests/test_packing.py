@@ -15,6 +15,7 @@ from gemma_xla.data.draws import uniform
 from gemma_xla.data.packing import Document, Lane, pack
 from gemma_xla.data.sources import IndexedSource, StreamSource
 from gemma_xla.data.streams import Stream, StreamDocuments
+from gemma_xla.errors import UserError
 from gemma_xla.model.loss import IGNORE_INDEX
 
 PAD, EOS, BOS = 0, 1, 2
@@ -69,18 +70,18 @@ class TestDocuments:
     @pytest.mark.parametrize("epoch", [0, 1])
     def test_every_pair_once_per_epoch(self, lanes, epoch):
         documents = epoch_of_documents(indexed(lanes=lanes), lanes, len(LENGTHS), epoch)
-        assert Counter(pair for _, tokens in documents for pair in pairwise(tokens)) == all_pairs()
+        assert Counter(pair for _, tokens, _ in documents for pair in pairwise(tokens)) == all_pairs()
 
     @pytest.mark.parametrize("lengths", [[100], [0], [50, 3, 7]])
     def test_every_pair_once_with_fewer_documents_than_lanes(self, lengths):
         lanes = 8
         units = len(lengths) * math.ceil(lanes / len(lengths))
         documents = epoch_of_documents(indexed(lengths, lanes), lanes, units)
-        assert Counter(pair for _, tokens in documents for pair in pairwise(tokens)) == all_pairs(lengths)
+        assert Counter(pair for _, tokens, _ in documents for pair in pairwise(tokens)) == all_pairs(lengths)
 
     def test_order_depends_on_key_and_epoch(self):
         def order(key: tuple | None, epoch: int) -> list[str]:
-            return [name for name, _ in epoch_of_documents(indexed(key=key), 4, len(LENGTHS), epoch)]
+            return [name for name, *_ in epoch_of_documents(indexed(key=key), 4, len(LENGTHS), epoch)]
 
         assert order(("a",), 0) == order(("a",), 0)
         assert order(("a",), 0) != order(("a",), 1)
@@ -132,7 +133,7 @@ class TestLane:
             resumed.load_state_dict(state)
             expected = lane.next_row()
             row = resumed.next_row()
-            assert [(name, tokens.tolist()) for name, tokens in row] == [(n, t.tolist()) for n, t in expected]
+            assert [(name, tokens.tolist()) for name, tokens, _ in row] == [(n, t.tolist()) for n, t, _ in expected]
             assert resumed.state_dict() == lane.state_dict()
         assert middles > 20
 
@@ -157,7 +158,108 @@ class TestLane:
         assert len(cursors) > 2
 
 
+class Examples:
+    """Examples number n of so many pairs, of whose tokens the last half is learnt; the same for all lanes."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def get(self, lane: int, cursor: int) -> Document:
+        number = cursor % len(self.lengths)
+        tokens = 1000 * (number + 1) + np.arange(self.lengths[number] + 1, dtype=np.int32)
+        return Document(f"example {number}", tokens, np.arange(len(tokens)) > self.lengths[number] // 2)
+
+
+def numbers(row: list[Document]) -> list[int]:
+    return [int(piece.name.split()[1]) for piece in row]
+
+
+class TestExampleRows:
+    @pytest.mark.parametrize(
+        "lengths, rows",
+        [
+            # The third does not fit into what is left, and begins the next row; the last fills its row.
+            ([5, 4, 3, 7, 10], [[0, 1], [2, 3], [4], [0, 1]]),
+            # Those without pairs are passed over, also in a full row.
+            ([5, 0, 5, 0, 0, 10], [[0, 2], [5], [0, 2], [5]]),
+            ([10], [[0], [0], [0], [0]]),
+        ],
+    )
+    def test_by_hand(self, lengths, rows):
+        lane = Lane(0, [Examples(lengths)], [1.0], 10, 0)
+        assert [numbers(lane.next_row()) for _ in rows] == rows
+
+    def test_without_packing_each_has_a_row(self):
+        lane = Lane(0, [Examples([5, 0, 2, 10, 1])], [1.0], 10, 0, packing=False)
+        assert [numbers(lane.next_row()) for _ in range(5)] == [[0], [2], [3], [4], [0]]
+
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_beside_text(self, packing):
+        """Text is cut, examples never; every pair once, in order; a row has room for the next, or it would be in it."""
+        draw = np.random.default_rng(0)
+        examples, texts = Examples(draw.integers(1, 17, 30).tolist()), indexed(lanes=1, key=None)
+        lane = Lane(0, [examples, texts], [1.0, 1.0], 16, 5, packing)
+        rows = [lane.next_row() for _ in range(300)]
+        pieces = [piece for row in rows for piece in row]
+        for number in range(30):
+            found = [piece for piece in pieces if piece.name == f"example {number}"]
+            assert {piece.pairs for piece in found} == {examples.lengths[number]}
+        pairs = [pair for piece in pieces if piece.trained is None for pair in pairwise(piece.tokens)]
+        expected = [pair for cursor in range(500) for pair in pairwise(texts.get(0, cursor).tokens)]
+        assert pairs == expected[: len(pairs)]
+        assert len(pairs) > 1000
+        cut = 0
+        for row, after in pairwise(rows):
+            room = 16 - sum(piece.pairs for piece in row)
+            if packing:
+                assert room == 0 or after[0].trained is not None and after[0].pairs > room
+            else:
+                assert all(piece.trained is None for piece in row[:-1])
+                assert all(piece.trained is None for piece in row) or len(row) == 1
+            cut += row[-1].trained is None and after[0].name == row[-1].name
+        assert cut > 20
+
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_position(self, packing):
+        def make() -> Lane:
+            return Lane(1, [Examples([5, 0, 4, 3, 9]), indexed([5, 200, 3], lanes=1)], [2.0, 1.0], 16, 7, packing)
+
+        lane, middles, tokens, learnt = make(), 0, 0, 0
+        for _ in range(80):
+            state = lane.state_dict()
+            assert (state["tokens"], state["trained_tokens"]) == (tokens, learnt)
+            middles += state["offset"] > 0
+            resumed = make()
+            resumed.load_state_dict(state)
+            row, expected = resumed.next_row(), lane.next_row()
+            assert [(piece.name, piece.labels.tolist()) for piece in row] == [
+                (piece.name, piece.labels.tolist()) for piece in expected
+            ]
+            assert resumed.state_dict() == lane.state_dict()
+            batch = pack([row], 16, PAD)
+            tokens += int((batch["segment_ids"] > 0).sum())
+            learnt += int((batch["shift_labels"] >= 0).sum())
+        assert middles > 10
+        assert learnt < tokens
+
+    def test_nothing_but_examples_that_are_dropped(self):
+        lane = Lane(0, [Examples([0])], [1.0], 8, 0)
+        with pytest.raises(
+            UserError, match=r"^example 0 and 9,999 examples before it are longer than .*\(8\); raise it"
+        ):
+            lane.next_row()
+
+
 class TestPack:
+    def test_what_is_not_learnt_has_no_label(self):
+        learnt = np.array([False, False, True, True])
+        rows = [[Document("a", np.array([2, 10, 11, 1]), learnt), Document("b", np.array([2, 20]), learnt[:2])]]
+        batch = pack(rows, 5, PAD)
+        assert batch["input_ids"].tolist() == [[2, 10, 11, 2, 0]]
+        assert batch["shift_labels"].tolist() == [[-100, 11, 1, -100, -100]]
+        assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0]]
+        assert batch["segment_ids"].tolist() == [[1, 1, 1, 2, 0]]
+
     def test_by_hand(self):
         rows = [
             [Document("a", np.array([2, 10, 11, 1])), Document("b", np.array([2, 20]))],

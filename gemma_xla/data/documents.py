@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from gemma_xla.config_data import DataSection, SourceSection
 from gemma_xla.data.draws import generator, uniform
+from gemma_xla.data.examples import source_encoder
 from gemma_xla.data.opening import open_source
 from gemma_xla.data.packing import Document, Encode
+from gemma_xla.data.records import plain_text
 from gemma_xla.data.sources import IndexedSource, Source, StreamSource
 from gemma_xla.data.streams import Stream, StreamDocuments
 from gemma_xla.errors import UserError
@@ -38,7 +41,7 @@ class Corpus:
         self.config = config
         self.seed = seed
         self.train_sources = _open_all(config.train, "data.train")
-        self._eval_sources = _open_all(config.eval or [], "data.eval")
+        self.eval_sources = _open_all(config.eval or [], "data.eval")
         self._fraction = 0.0 if config.eval else config.eval_fraction
         self._splits = [self._split(number, source) for number, source in enumerate(self.train_sources)]
         known = [len(split[1]) for split in self._splits if split is not None]
@@ -51,7 +54,7 @@ class Corpus:
     @property
     def has_eval(self) -> bool:
         """Whether there is text to evaluate on."""
-        return bool(self._eval_sources or self._fraction)
+        return bool(self.eval_sources or self._fraction)
 
     def texts(self) -> Iterator[str]:
         """Yield each training document once, in random order, sources mixed by weight: to train a tokenizer on."""
@@ -67,30 +70,61 @@ class Corpus:
             else:
                 yield text
 
-    def train_documents(self, encode: Encode, lanes: range, num_lanes: int) -> list[TrainDocuments]:
-        """Return, for each training source, what hands its documents to the lanes."""
-        shuffle = self.config.shuffle
+    def train_documents(self, tokenizer: PreTrainedTokenizerBase, lanes: range, num_lanes: int) -> list[TrainDocuments]:
+        """Return, for each training source, what hands its documents to the lanes.
+
+        Raises:
+            UserError: the tokenizer lacks a chat template that they need.
+        """
         documents: list[TrainDocuments] = []
         for number, source in enumerate(self.train_sources):
+            encode = source_encoder(tokenizer, source, self.config)
             if isinstance(source, StreamSource):
-                documents.append(StreamDocuments(self._stream(number, source, shuffle), encode, lanes, num_lanes))
+                stream = self._stream(number, source, self.config.shuffle)
+                documents.append(StreamDocuments(stream, encode, lanes, num_lanes))
             else:
-                key = ("order", self.seed, number) if shuffle else None
-                documents.append(IndexedDocuments(source, self._splits[number][0], encode, num_lanes, key))
+                documents.append(self.indexed_documents(number, source, encode, num_lanes))
         return documents
 
-    def eval_documents(self, encode: Encode) -> Iterator[Document]:
+    def train_indices(self, number: int) -> np.ndarray:
+        """Return which documents of the indexed training source ``number`` are trained on."""
+        return self._splits[number][0]
+
+    def train_texts(self, number: int) -> Iterator[str]:
+        """Yield the documents of the indexed training source ``number`` that are trained on."""
+        return (text for _, text in _numbered(self.train_sources[number], self.train_indices(number)))
+
+    def indexed_documents(self, number: int, source: IndexedSource, encode: Encode, num_lanes: int) -> IndexedDocuments:
+        """Return what hands the documents of training source ``number``, read from ``source``, to the lanes."""
+        key = ("order", self.seed, number) if self.config.shuffle else None
+        return IndexedDocuments(source, self.train_indices(number), encode, num_lanes, key)
+
+    def eval_documents(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
         """Yield each held-out document once, in order.
 
         Raises:
             UserError: there is none (streams only show it at their end).
         """
         found = False
-        for name, text in self._eval_texts():
-            found = True
-            yield Document(name, encode(text))
+        for source, documents in self.held_out():
+            encode = source_encoder(tokenizer, source, self.config)
+            for index, text in documents:
+                found = True
+                yield Document.encoded(f"{source.field} document {index}", text, encode)
         if not found:
             raise UserError(f"data.eval_fraction is {self._fraction}, but no document was held out; raise it")
+
+    def held_out(self) -> Iterator[tuple[Source, Iterator[tuple[int, str]]]]:
+        """Yield each source of held-out documents, with their numbers and texts."""
+        for source in self.eval_sources:
+            yield source, enumerate(source.texts())
+        if self._fraction:
+            for source, split in zip(self.train_sources, self._splits, strict=True):
+                if isinstance(source, StreamSource):
+                    texts = source.texts()
+                    yield source, ((i, text) for i, text in enumerate(texts) if self._held_out(text))
+                else:
+                    yield source, _numbered(source, split[1])
 
     def _split(self, number: int, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
         """Indices of the training and of the held-out documents; None for streams."""
@@ -112,41 +146,31 @@ class Corpus:
 
     def _train_texts(self, number: int, source: Source) -> Iterator[str]:
         if isinstance(source, StreamSource):
-            return self._stream(number, source, shuffle=True).once()
-        order = generator("texts", self.seed, number).permutation(self._splits[number][0])
-        return (source.text(int(index)) for index in order)
-
-    def _eval_texts(self) -> Iterator[tuple[str, str]]:
-        for source in self._eval_sources:
-            for index, text in enumerate(source.texts()):
-                yield f"{source.field} document {index}", text
-        if self._fraction:
-            for source, split in zip(self.train_sources, self._splits, strict=True):
-                if isinstance(source, StreamSource):
-                    held_out = ((i, text) for i, text in enumerate(source.texts()) if self._held_out(text))
-                else:
-                    held_out = ((int(i), source.text(int(i))) for i in split[1])
-                for index, text in held_out:
-                    yield f"{source.field} document {index}", text
+            records = self._stream(number, source, shuffle=True).once()
+        else:
+            order = generator("texts", self.seed, number).permutation(self.train_indices(number))
+            records = (source.text(int(index)) for index in order)
+        return (plain_text(source.format, record) for record in records)
 
 
 class IndexedDocuments:
     """A source's training documents by number; each epoch has an order of its own if there is a ``key``.
 
-    Where there are fewer documents than lanes, each counts as several parts of about equal length, or the rows of a
-    batch would be copies of each other.
+    Where there are fewer texts than lanes, each counts as several parts of about equal length, or the rows of a batch
+    would be copies of each other. Examples are whole: there, lanes are in different epochs.
     """
 
     def __init__(self, source: IndexedSource, indices: np.ndarray, encode: Encode, num_lanes: int, key: tuple | None):
         self._source = source
         self._indices = indices
+        self._encode = encode
         self._num_lanes = num_lanes
         self._key = key
-        self._parts = -(-num_lanes // len(indices))
+        self._parts = -(-num_lanes // len(indices)) if source.format == "text" else 1
         # Lanes may be in neighbouring epochs.
         self._order = lru_cache(maxsize=4)(self._permutation)
         # Parts of a document are asked for one by one, but it is only tokenized as a whole.
-        self._tokens = lru_cache(maxsize=None if self._parts > 1 else 0)(lambda i: encode(source.text(i)))
+        self._document = lru_cache(maxsize=None if self._parts > 1 else 0)(self._read)
 
     def seek(self, cursors: dict[int, int], position: None) -> None:
         """Prepare for reading lanes from the given numbers of documents on: nothing to do."""
@@ -156,21 +180,31 @@ class IndexedDocuments:
 
     def get(self, lane: int, cursor: int) -> Document:
         """Return document number ``cursor`` of a lane."""
-        epoch, place = divmod(lane + cursor * self._num_lanes, len(self._indices) * self._parts)
+        epoch, place = divmod(lane + cursor * self._num_lanes, self.per_epoch)
         number, part = divmod(int(self._order(epoch)[place]), self._parts)
         index = int(self._indices[number])
-        tokens = self._tokens(index)
-        pairs = len(tokens) - 1
-        start, stop = part * pairs // self._parts, (part + 1) * pairs // self._parts
-        # A part's last token is only predicted: as an input it belongs to the next part.
-        return Document(f"{self._source.field} document {index}", tokens[start : stop + 1])
+        document = self._document(index)
+        start, stop = (i * document.pairs // self._parts for i in (part, part + 1))
+        return document.part(start, stop)
+
+    @property
+    def per_epoch(self) -> int:
+        """How many documents, or parts of documents, make up an epoch."""
+        return len(self._indices) * self._parts
+
+    def _read(self, index: int) -> Document:
+        return Document.encoded(f"{self._source.field} document {index}", self._source.text(index), self._encode)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        count = len(self._indices) * self._parts
+        count = self.per_epoch
         return np.arange(count) if self._key is None else generator(*self._key, epoch).permutation(count)
 
 
 TrainDocuments = IndexedDocuments | StreamDocuments
+
+
+def _numbered(source: IndexedSource, indices: np.ndarray) -> Iterator[tuple[int, str]]:
+    return ((int(index), source.text(int(index))) for index in indices)
 
 
 def _open_all(sections: list[SourceSection], name: str) -> list[Source]:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from gemma_xla.data.documents import Corpus, TrainDocuments
 from gemma_xla.data.packing import Document, Lane, pack
 from gemma_xla.data.prefetch import prefetch
+from gemma_xla.data.sources import digest
 from gemma_xla.data.streams import first_position
-from gemma_xla.data.tokenizer import document_encoder
 from gemma_xla.errors import UserError
 from gemma_xla.model.loss import IGNORE_INDEX
 
@@ -23,15 +23,16 @@ class TrainLoader:
     """Endless batches of one process's rows: lanes ``rows`` of a global batch of ``num_rows``.
 
     A batch holds ``input_ids``, ``position_ids``, ``segment_ids`` and ``shift_labels``, each ``[len(rows), seq_len]``
-    on the CPU (see `packing.pack`). All rows are full. `close` it, or use it as a context manager.
+    on the CPU (see `packing.pack`). Rows of text are full. `close` it, or use it as a context manager.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, rows: range):
         config = corpus.config
         self._seq_len, self._prefetch, self._pad = config.seq_len, config.prefetch, tokenizer.pad_token_id
-        self._documents = corpus.train_documents(document_encoder(tokenizer), rows, num_rows)
+        self._documents = corpus.train_documents(tokenizer, rows, num_rows)
         weights = [source.weight for source in corpus.train_sources]
-        self._lanes = {row: Lane(row, self._documents, weights, self._seq_len, corpus.seed) for row in rows}
+        packing = {"seq_len": self._seq_len, "seed": corpus.seed, "packing": config.packing}
+        self._lanes = {row: Lane(row, self._documents, weights, **packing) for row in rows}
         # What a position is only meaningful with.
         self._setup = {
             "num_rows": num_rows,
@@ -40,6 +41,8 @@ class TrainLoader:
             "documents": [source.num_documents for source in corpus.train_sources],
             "weights": weights,
             "eval_fraction": 0.0 if config.eval else config.eval_fraction,
+            "format": [source.format for source in corpus.train_sources],
+            "chat_template": self._template(corpus, tokenizer),
             "content": [source.content for source in corpus.train_sources],
         }
         self._fields = [source.field for source in corpus.train_sources]
@@ -84,11 +87,19 @@ class TrainLoader:
         self._rewind()
 
     def stats(self) -> dict[str, float]:
-        """Return what this process has delivered: batches, tokens, finished documents, fraction of padding."""
-        batches = self._state["batches"]
-        documents = sum(sum(lane["cursors"]) for lane in self._state["lanes"].values())
-        tokens = batches * len(self._lanes) * self._seq_len
-        return {"batches": batches, "tokens": tokens, "documents": documents, "padding": 0.0}
+        """Return what this process has delivered.
+
+        That is: batches; tokens, and those of them that are learnt; finished documents; the fraction of padding.
+        """
+        batches, lanes = self._state["batches"], self._state["lanes"].values()
+        tokens, positions = sum(lane["tokens"] for lane in lanes), batches * len(lanes) * self._seq_len
+        return {
+            "batches": batches,
+            "tokens": tokens,
+            "trained_tokens": sum(lane["trained_tokens"] for lane in lanes),
+            "documents": sum(sum(lane["cursors"]) for lane in lanes),
+            "padding": 1 - tokens / positions if positions else 0.0,
+        }
 
     def describe(self) -> str:
         """Say which documents the last batch delivered came from, a line per row."""
@@ -104,6 +115,12 @@ class TrainLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @staticmethod
+    def _template(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """What tells chat templates apart, where there are chats."""
+        chats = any(source.format == "messages" for source in corpus.train_sources)
+        return digest([str(tokenizer.chat_template)]) if chats else None
 
     def _stop(self) -> None:
         if self._batches is not None:
@@ -142,26 +159,27 @@ class EvalLoader:
     """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, num_rows: int, rows: range):
-        self._corpus, self._encode = corpus, document_encoder(tokenizer)
+        self._corpus, self._tokenizer = corpus, tokenizer
         self._num_rows, self._rows, self._pad = num_rows, rows, tokenizer.pad_token_id
-        self._tokens = self._positions = 0
+        self._trained = self._tokens = self._positions = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self._tokens = self._positions = 0
+        self._trained = self._tokens = self._positions = 0
         for batch in prefetch(self._make(), self._corpus.config.prefetch):
-            self._tokens += int((batch["shift_labels"] != IGNORE_INDEX).sum())
+            self._trained += int((batch["shift_labels"] != IGNORE_INDEX).sum())
+            self._tokens += int((batch["segment_ids"] > 0).sum())
             self._positions += batch["shift_labels"].numel()
             yield batch
 
     def stats(self) -> dict[str, float]:
-        """Return what this process has delivered in the latest pass: tokens, and the fraction of padding."""
+        """Return what this process has delivered in the latest pass: tokens to predict, and the fraction of padding."""
         padding = 1 - self._tokens / self._positions if self._positions else 0.0
-        return {"tokens": self._tokens, "padding": padding}
+        return {"tokens": self._trained, "padding": padding}
 
     def _make(self) -> Iterator[Batch]:
-        seq_len = self._corpus.config.seq_len
-        documents = _Successive(self._corpus.eval_documents(self._encode))
-        lane = Lane(0, [documents], [1.0], seq_len, self._corpus.seed)
+        config, seq_len = self._corpus.config, self._corpus.config.seq_len
+        documents = _Successive(self._corpus.eval_documents(self._tokenizer))
+        lane = Lane(0, [documents], [1.0], seq_len, self._corpus.seed, config.packing)
         while True:
             rows = [lane.next_row() for _ in range(self._num_rows)]
             if not rows[0]:
@@ -195,7 +213,7 @@ def _make(
     while True:
         rows = {row: lane.next_row() for row, lane in lanes.items()}
         batches += 1
-        names = {row: [name for name, _ in pieces] for row, pieces in rows.items()}
+        names = {row: [piece.name for piece in pieces] for row, pieces in rows.items()}
         batch = pack(list(rows.values()), seq_len, pad_token_id)
         yield _Made(batch, {"batches": batches, **_positions(lanes, documents)}, names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gemma_xla.config_data import SourceSection
 from gemma_xla.data.files import file_kind, find_files, is_local
 from gemma_xla.data.hub import open_hub, quiet
 from gemma_xla.data.readers import FileReader, first_line
+from gemma_xla.data.records import RecordFormat, record_format
 from gemma_xla.data.sources import IndexedSource, Source, StreamSource, digest
 from gemma_xla.errors import UserError
 from gemma_xla.storage import reason
@@ -20,7 +22,7 @@ from gemma_xla.storage import reason
 # Files that a stream is known again by; of a data set on the hub it is only the first, for the sake of a quick start.
 _SAMPLED_FILES = 16
 # Another number makes cached data sets anew: for when `FileReader` reads something differently.
-_READER_VERSION = "1"
+_READER_VERSION = "2"
 
 
 def open_source(section: SourceSection, field: str) -> Source:
@@ -43,10 +45,28 @@ def _open_local(section: SourceSection, field: str) -> Source:
     if section.subset or section.split != "train":
         raise UserError(f"{field}: 'subset' and 'split' are for hub data sets, not for files; remove them")
     files = find_files(section.path, field)
-    reader = FileReader(field, file_kind(files, field), section.column, section.sample_by)
+    kind = file_kind(files, field)
+    format = _format(section, kind, files, field)
+    reader = FileReader(field, kind, format, section.sample_by)
     shards = [partial(reader.read, file) for file in files]
-    stream = _checked(StreamSource(field, section.weight, shards, _SAMPLED_FILES), section)
-    return stream if section.streaming else IndexedSource(field, section.weight, _load(reader, files), "text")
+    about = {"format": format.name, "where": partial(_where, reader, files)}
+    stream = _checked(StreamSource(field, section.weight, shards, _SAMPLED_FILES, **about), section)
+    return stream if section.streaming else IndexedSource(field, section.weight, _load(reader, files), "text", **about)
+
+
+def _format(section: SourceSection, kind: str, files: tuple[str, ...], field: str) -> RecordFormat:
+    """The format of the files; "auto": what the first record says."""
+    if kind == "text":
+        if section.format not in ("auto", "text"):
+            raise UserError(
+                f"{field}.format is {section.format!r}, but {section.path!r} is text; examples are records of .jsonl "
+                "or .parquet files"
+            )
+        return RecordFormat()
+    reader = FileReader(field, kind, RecordFormat(column=section.column))
+    first = next(filter(None, map(reader.first, files)), None)
+    # Without a record there are no documents, which is said elsewhere.
+    return record_format(section, field, *first) if first else RecordFormat()
 
 
 def _checked(source: Source, section: SourceSection) -> Source:
@@ -59,7 +79,7 @@ def _load(reader: FileReader, files: tuple[str, ...]) -> datasets.Dataset:
     """All documents of the files as a data set in the cache, which is made again when a file changes."""
     stats = [(Path(file).absolute(), Path(file).stat()) for file in files]
     versions = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
-    key = digest([_READER_VERSION, reader.kind, reader.column, reader.sample_by, *versions])
+    key = digest([_READER_VERSION, reader.kind, *astuple(reader.format), reader.sample_by, *versions])
     try:
         with quiet():
             return datasets.Dataset.from_generator(
@@ -76,6 +96,12 @@ def _load(reader: FileReader, files: tuple[str, ...]) -> datasets.Dataset:
             f"{reader.field}.path: the text could not be written to the cache {datasets.config.HF_DATASETS_CACHE}: "
             f"{first_line(cause)}; free some space, or set HF_HOME to another folder"
         ) from error
+
+
+def _where(reader: FileReader, files: tuple[str, ...], wanted: str) -> str:
+    """Say which record a document is."""
+    found = (reader.where(file, position) for file in files for text, position in reader.read(file) if text == wanted)
+    return next(found, "a record")
 
 
 def _documents(reader: FileReader, files: tuple[str, ...]) -> Iterator[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Reading the documents of local files, from any position on, with errors that name the file and the line.
 
-A document is a text with more in it than white space; all else (blank lines, empty files, nulls) is passed over. A
+A document is a text with more in it than white space; all else (blank lines, empty files, nulls) is passed over.
+Examples to fine-tune on are documents too, as JSON. A
 position is a number that only its file's reader understands: bytes (before compression) in lines of text or JSON,
 records in parquet and in lists of JSON.
 """
@@ -19,14 +20,13 @@ from typing import Any, BinaryIO
 import pyarrow
 from pyarrow import parquet
 
+from gemma_xla.data.records import RecordFormat, Where, shown
 from gemma_xla.data.sources import has_text
-from gemma_xla.errors import UserError, nearest
+from gemma_xla.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 # Rows of a parquet file that become Python objects at a time.
 _BATCH_ROWS = 256
-# Characters of a bad record that a message shows.
-_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FileReader:
 
     field: str
     kind: str
-    column: str = "text"
+    format: RecordFormat = RecordFormat()
     sample_by: str = "document"
 
     def read(self, file: str, start: int | None = None) -> Iterator[tuple[str, int]]:
@@ -49,6 +49,27 @@ class FileReader:
             for text, position in read(stream, file, start or 0):
                 if has_text(text):
                     yield text, position
+
+    def first(self, file: str) -> tuple[list[str], str] | None:
+        """Return the columns of a file's first record, and where it is; None: there is no record.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        with self._explained(file), _open(file) as stream:
+            if self.kind == "parquet":
+                return parquet.ParquetFile(stream).schema_arrow.names, file
+            for record, where, _ in self._records(stream, file, 0):
+                self.format.check(record, self.field, where)
+                return list(record), where()
+        return None
+
+    def where(self, file: str, position: int) -> str:
+        """Name the record before a position."""
+        if self.kind == "parquet":
+            return f"{file}, row {position}"
+        with _open(file) as stream:
+            return f"{file}, record {position}" if _is_list(stream) else f"{file}:{_line_number(file, position - 1)}"
 
     def _text(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[str, int]]:
         if self.sample_by == "document":
@@ -69,11 +90,16 @@ class FileReader:
         yield "\n".join(paragraph), end
 
     def _json(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[str | None, int]]:
-        if stream.read(64).lstrip(_BOM).lstrip().startswith(b"["):
+        for record, where, position in self._records(stream, file, start):
+            yield self.format.take(record, self.field, where), position
+
+    def _records(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[Any, Where, int]]:
+        """Each parsed record from a position on, where it is, and the position after it."""
+        if _is_list(stream):
             stream.seek(0)
             records = self._parse(self._decode(stream.read(), file), lambda line: f"{file}:{line}")
             for number, record in enumerate(records[start:], start + 1):
-                yield self._value(record, lambda number=number: f"{file}, record {number}"), number
+                yield record, lambda number=number: f"{file}, record {number}", number
             return
         for raw, begin, end in _lines(stream, start):
 
@@ -81,22 +107,22 @@ class FileReader:
                 return f"{file}:{_line_number(file, begin)}"
 
             if line := self._decode(raw, file, begin).strip():
-                yield self._value(self._parse(line, where), where), end
+                yield self._parse(line, where), where, end
 
     def _parquet(self, stream: BinaryIO, file: str, start: int) -> Iterator[tuple[str | None, int]]:
         table = parquet.ParquetFile(stream)
-        if self.column not in table.schema_arrow.names:
-            self._no_column(table.schema_arrow.names, file)
+        self.format.check_columns(table.schema_arrow.names, self.field, lambda: file)
         row, first = 0, 0
         while first < table.num_row_groups and row + table.metadata.row_group(first).num_rows <= start:
             row += table.metadata.row_group(first).num_rows
             first += 1
         groups = list(range(first, table.num_row_groups))
-        for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[self.column]):
-            for value in batch.column(0):
+        for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(self.format.columns.values())):
+            for values in zip(*batch.columns, strict=True):
                 row += 1
                 if row > start:
-                    yield self._checked(value.as_py(), lambda row=row: f"{file}, row {row}"), row
+                    record = {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+                    yield self.format.take(record, self.field, lambda row=row: f"{file}, row {row}"), row
 
     def _parse(self, text: str, where: Callable[[int], str]) -> Any:
         try:
@@ -105,44 +131,11 @@ class FileReader:
             line, reason = 1, str(error)
             if isinstance(error, json.JSONDecodeError):
                 line, reason = error.lineno, f"{error.msg}, column {error.colno}"
-            shown = _shown(text.split("\n")[line - 1])
+            bad = shown(text.split("\n")[line - 1])
             raise UserError(
-                f"{self.field}.path: {where(line)} is not valid JSON ({reason}): {shown}; correct or remove it: "
+                f"{self.field}.path: {where(line)} is not valid JSON ({reason}): {bad}; correct or remove it: "
                 "a file holds a record per line, or one list of records"
             ) from error
-
-    def _value(self, record: Any, where: Callable[[], str]) -> str | None:
-        """The text of a JSON record."""
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{self.field}.path: {where()} holds no record but {_shown(json.dumps(record))}; write it as "
-                f'{{"{self.column}": "..."}} or remove it'
-            )
-        if self.column not in record:
-            self._no_column(list(record), where())
-        return self._checked(record[self.column], where)
-
-    def _checked(self, value: Any, where: Callable[[], str]) -> str | None:
-        if value is not None and not isinstance(value, str):
-            raise UserError(
-                f"{self.field}.column: column {self.column!r} of {where()} holds {type(value).__name__}, not text: "
-                f"{_shown(str(value))}; name another column or correct the record"
-            )
-        try:
-            # JSON can spell halves of characters, which are no text.
-            (value or "").encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{self.field}.path: {where()} holds half a surrogate pair, {value[error.start]!a}, which is no "
-                "character; correct or remove the record"
-            ) from error
-        return value
-
-    def _no_column(self, names: list[str], where: str) -> None:
-        raise UserError(
-            f"{self.field}.column: {where} has no column {self.column!r}{nearest(self.column, names)}; it has "
-            f"{', '.join(names[:10]) or 'none'}"
-        )
 
     def _decode(self, raw: bytes, file: str, begin: int = 0) -> str:
         try:
@@ -173,6 +166,11 @@ def _open(file: str) -> BinaryIO:
     return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
 
 
+def _is_list(stream: BinaryIO) -> bool:
+    """Whether a JSON file, read from its start, is one list of records."""
+    return stream.read(64).lstrip(_BOM).lstrip().startswith(b"[")
+
+
 def _lines(stream: BinaryIO, start: int) -> Iterator[tuple[bytes, int, int]]:
     """Each line from byte ``start`` on, and the bytes at which it begins and ends."""
     stream.seek(start)
@@ -191,10 +189,6 @@ def _line_number(file: str, begin: int) -> int:
                 break
             number += 1
     return number
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ...")
 
 
 def first_line(error: BaseException) -> str:

@@ -21,11 +21,16 @@ Position = Any
 Shard = Callable[[Position], Iterator[tuple[str, Position]]]
 
 
+def _anywhere(_: str) -> str:
+    return "a record"
+
+
 @dataclass(frozen=True)
 class IndexedSource:
     """An entry of ``data.train`` or ``data.eval`` whose documents have numbers.
 
-    ``field`` is the entry's name in the config, for messages. ``content`` tells texts apart wherever they lie: it is
+    ``field`` is the entry's name in the config, for messages; ``format`` that of a `RecordFormat`; and ``where`` finds
+    out, by reading all of it again, where a document stands. ``content`` tells texts apart wherever they lie: it is
     computed from the number of documents and 16 of them, so a change elsewhere goes unnoticed.
     """
 
@@ -33,6 +38,8 @@ class IndexedSource:
     weight: float
     dataset: datasets.Dataset
     column: str
+    format: str = "text"
+    where: Callable[[str], str] = _anywhere
 
     @property
     def num_documents(self) -> int:
@@ -65,6 +72,8 @@ class StreamSource:
     weight: float
     shards: Sequence[Shard]
     sampled: int = 1
+    format: str = "text"
+    where: Callable[[str], str] = _anywhere
 
     @cached_property
     def content(self) -> str:

@@ -112,7 +112,8 @@ class StreamDocuments:
         while not self._waiting[lane]:
             self._read_block()
         text = self._waiting[lane].popleft()
-        return Document(f"{self._stream.field} document {self._number(lane, cursor)} of the stream", self._encode(text))
+        name = f"{self._stream.field} document {self._number(lane, cursor)} of the stream"
+        return Document.encoded(name, text, self._encode)
 
     def _number(self, lane: int, cursor: int) -> int:
         return lane + cursor * self._num_lanes

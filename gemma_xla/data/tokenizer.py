@@ -9,14 +9,17 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
+from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from gemma_xla.data.chat import GEMMA_TEMPLATE
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import GemmaConfig
 
@@ -43,23 +46,6 @@ _FIRST_LEARNED = 4 + len(_SYMBOLS) + 256
 _MAX_CHARACTERS = 20_000_000
 # SentencePiece skips longer lines (its limit is 4192 bytes).
 _MAX_LINE = 1000
-
-_CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- if message.role == "system" -%}
-    {{- raise_exception("Gemma has no system role: put the instructions into the first user message") -}}
-  {%- endif -%}
-  {%- set role = "model" if message.role == "assistant" else message.role -%}
-  {%- if role != ("model" if loop.index0 % 2 else "user") -%}
-    {{- raise_exception("messages must alternate: user, assistant, user, assistant, ...") -}}
-  {%- endif -%}
-  {{- "<start_of_turn>" + role + "\\n" + message.content | trim + "<end_of_turn>\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- "<start_of_turn>model\\n" -}}
-{%- endif -%}
-"""
 
 
 def train_tokenizer(
@@ -156,20 +142,32 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: GemmaConfig) -> 
             )
 
 
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    """Return a function from texts to the tokens of each; none are added, and those named in a text are found."""
+    backend = _untouched(tokenizer)
+    # The batch call lets other Python threads run meanwhile; the single one does not.
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], np.ndarray]:
     """Return a function from a text to its tokens: bos, text, eos; ``[tokens]`` of int32."""
+    encode_all = text_encoder(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def encode(text: str) -> np.ndarray:
+        (ids,) = encode_all([text])
+        return np.array([bos, *ids, eos], dtype=np.int32)
+
+    return encode
+
+
+@lru_cache(maxsize=1)  # for a large vocabulary it takes a second, and every source needs one
+def _untouched(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     # A copy: calls of the tokenizer elsewhere switch its truncation and padding on and off.
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-
-    def encode(text: str) -> np.ndarray:
-        # The batch call lets other Python threads run meanwhile; the single one does not.
-        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-        return np.array([bos, *encoding.ids, eos], dtype=np.int32)
-
-    return encode
+    return backend
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -236,7 +234,7 @@ def _convert(model: Path, model_max_length: int) -> GemmaTokenizer:
         added_tokens_decoder=dict(_added_tokens(extractor.proto)),
         add_bos_token=True,
         model_max_length=model_max_length,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=GEMMA_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
