@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_xla.chips import CHIPS
@@ -19,7 +21,9 @@ from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter, report
 from gemma_xla.model.config import preset
 from recipes.pretrain import main as pretrain
+from tests.adapters import make_lora_run
 from tests.conftest import VOCAB_SIZE
+from tests.hf.hub import TOKEN, Hub, serving
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "he was in the"
@@ -214,6 +218,13 @@ def test_flops_for_people(capsys):
         (["export", "{folder}", "{folder}/out"], "{folder}: it holds no complete checkpoint below checkpoints/"),
         (["export", "{run}", "{folder}/out", "--dtype", "int8"], "dtype is 'int8'; it must be one of float32, "),
         (["export", "{run}", "{run}"], "{run}: the folder is not empty; give another one, or ask for it to be"),
+        (["export", "{run}", "{folder}/out", "--merge"], "{run}: --merge is for runs with LoRA, and this one trained"),
+        (["export", "{run}", "{folder}/out", "--checkpoint", "7"], "{run}/checkpoints: step-00000007 is not there"),
+        (["export", "{run}", "{folder}/out", "--checkpoint", "beast"], "--checkpoint is 'beast'; write last, best or"),
+        (
+            ["export", "{run}", "{folder}/out", "--push-to-hub", "me/x"],
+            "me/x: nothing can be uploaded to it: ",
+        ),
         (["generate", "{folder}", "--prompt", "a"], "{folder}/config.json: No such file or directory"),
         (["generate", "no/such/model", "--prompt", "a"], "no/such/model: no such folder"),
         (["generate", "{run}", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0; it must be 0"),
@@ -277,6 +288,68 @@ def test_generate_continues_as_transformers_does(finished_run, exported, continu
     main(["generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "24"])
     assert capsys.readouterr().out == continuation + "\n"
     assert len(continuation) > len(PROMPT) + 10
+
+
+@pytest.fixture
+def lora_run(finished_run, tiny_config, tokenizer_folder, tmp_path) -> Path:
+    config = tiny_config(tmp_path / "run", f"model={{init_from: {finished_run}/export}}", "lora={rank: 4, alpha: 16}")
+    return make_lora_run(config, tokenizer_folder, {10: 1.0, 20: 2.0})
+
+
+def test_a_run_with_lora_is_exported_merged_and_continued(lora_run, finished_run, tmp_path, capsys):
+    def printed(*arguments: str) -> str:
+        main([*arguments])
+        return capsys.readouterr().out
+
+    def continuation(folder: Path) -> str:
+        return printed("generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "24")
+
+    adapter, merged, again = (str(tmp_path / name) for name in ("adapter", "merged", "again"))
+    assert printed("export", str(lora_run), adapter) == f"{adapter}\n"
+    assert printed("export", str(lora_run), merged, "--merge", "--dtype", "float32") == f"{merged}\n"
+    assert printed("export", adapter, again, "--merge", "--dtype", "float32") == f"{again}\n"
+    base = AutoModelForCausalLM.from_pretrained(finished_run / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    plain = base.generate(**inputs, max_new_tokens=24, do_sample=False)
+    adapted = PeftModel.from_pretrained(base, adapter)
+    tokens = adapted.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert tokens.tolist() != plain.tolist()
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n"
+    assert [continuation(folder) for folder in (lora_run, adapter, merged, again)] == [text] * 4
+    main(["export", str(lora_run), str(tmp_path / "best"), "--checkpoint", "best"])
+    main(["export", str(lora_run), str(tmp_path / "first"), "--checkpoint", "10"])
+    first, best, last = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "best", "adapter")
+    )
+    assert first == best != last
+
+
+def test_an_adapter_is_no_run(lora_run, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    main(["export", str(lora_run), str(adapter)])
+    capsys.readouterr()
+    out = str(tmp_path / "out")
+    line = refused(capsys, main, "export", adapter, out)
+    assert line == f"{adapter}: it is an adapter already; give --merge for the model that has it merged in"
+    line = refused(capsys, main, "export", adapter, out, "--merge", "--checkpoint", "best")
+    assert line == f"--checkpoint is 'best', but {adapter} is an adapter and no run; leave it out"
+    line = refused(capsys, main, "export", lora_run, adapter, "--merge", "--overwrite")
+    assert line == f"{adapter}: the folder holds something else than a model, so it is not overwritten; give another"
+
+
+def test_an_export_is_uploaded(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serving(Hub()) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        main(["export", str(finished_run), str(tmp_path / "out"), "--push-to-hub", "me/tiny"])
+        assert capsys.readouterr().out == f"{tmp_path / 'out'}\n{hub.url}/me/tiny\n"
+        assert dict(hub.files("me/tiny")) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert b'from_pretrained("me/tiny")' in hub.repositories["me/tiny"]["README.md"]
+        line = refused(capsys, main, "export", finished_run, tmp_path / "new", "--push-to-hub", "them/tiny")
+    assert line.startswith("them/tiny: nothing can be uploaded to it: you are logged in as me")
+    assert not (tmp_path / "new").exists()
 
 
 def test_generate_draws_by_its_seed(finished_run, capsys):

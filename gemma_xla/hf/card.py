@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from gemma_xla.config import LoraSection
 from gemma_xla.model.config import GemmaConfig
 from gemma_xla.model.gemma import Gemma
 
@@ -32,6 +35,7 @@ def model_card(
     run_config: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    lora: LoraSection | None = None,
 ) -> str:
     """Return a Hugging Face model card: Markdown under YAML front matter.
 
@@ -40,16 +44,19 @@ def model_card(
         sources: what it was trained on, a line each.
         metrics: what the run ended with, such as steps, tokens, eval loss, MFU; values are printed as they are.
         run_config: the run's resolved YAML.
-        base_model: the hub id it was fine-tuned from; None: trained from scratch.
+        base_model: the hub id or folder it was fine-tuned from; None: trained from scratch.
         license: a licence id of the hub; None: no claim.
+        lora: of an adapter to ``base_model``; None: it is a whole model.
     """
     sections = [
-        _front_matter(base_model, license),
+        _front_matter(base_model, license, "peft" if lora else "transformers"),
         f"# {name.rstrip('/').rpartition('/')[2]}",
-        f"{_origin(base_model)} with PyTorch by gemma_xla.",
-        _usage(name),
-        "## Architecture\n\n" + _table(_architecture(config)),
+        f"{_origin(base_model, lora)} with PyTorch by gemma_xla.",
+        _usage_of_adapter(name, base_model) if lora else _usage(name),
     ]
+    if lora:
+        sections.append("## Adapter\n\n" + _table({key: _text(value) for key, value in lora.model_dump().items()}))
+    sections.append("## Architecture\n\n" + _table(_architecture(config)))
     if sources:
         sections.append("## Training data\n\n" + "\n".join(f"- {source}" for source in sources))
     if metrics:
@@ -59,19 +66,30 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(base_model: str | None, license: str | None) -> str:
+def _front_matter(base_model: str | None, license: str | None, library: str) -> str:
     fields = {
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["gemma"],
-        "base_model": base_model,
+        "tags": ["gemma", *(["lora"] if library == "peft" else [])],
+        # The hub refuses a card that names a folder.
+        "base_model": base_model if base_model and _is_hub_id(base_model) else None,
         "license": license,
     }
     given = {key: value for key, value in fields.items() if value is not None}
     return f"---\n{yaml.safe_dump(given, sort_keys=False)}---"
 
 
-def _origin(base_model: str | None) -> str:
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _origin(base_model: str | None, lora: LoraSection | None) -> str:
+    if lora:
+        return f"A LoRA adapter for `{base_model}`, trained"
     return f"A Gemma fine-tuned from `{base_model}`" if base_model else "A Gemma trained from scratch"
 
 
@@ -85,6 +103,18 @@ def _usage(name: str) -> str:
     )
 
 
+def _usage_of_adapter(name: str, base_model: str | None) -> str:
+    return (
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{base_model}")\n'
+        f'model = PeftModel.from_pretrained(base, "{name}")\n'
+        "```"
+    )
+
+
 def _architecture(config: GemmaConfig) -> dict[str, str]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Gemma(config).parameters())
@@ -93,6 +123,10 @@ def _architecture(config: GemmaConfig) -> dict[str, str]:
 
 def _table(rows: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _details(run_config: str) -> str:

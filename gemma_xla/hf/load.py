@@ -1,4 +1,4 @@
-"""A Gemma from a Hugging Face folder or hub id."""
+"""A Gemma from a Hugging Face folder or hub id, or from anything that has its tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 from gemma_xla.errors import UserError
 from gemma_xla.hf.config import read_config
-from gemma_xla.hf.reader import INDEX, HfReader, check_tensors
-from gemma_xla.hf.writer import TOKENIZER_FILES, tokenizer_files
+from gemma_xla.hf.folder import ADAPTER, TOKENIZER_FILES, tokenizer_files
+from gemma_xla.hf.reader import INDEX, HfReader, TensorReader, check_tensors
+from gemma_xla.model.config import GemmaConfig
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.storage import location, reason
 
-_WANTED = ["model*.safetensors", INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES]
+_WANTED = [
+    *("model*.safetensors", INDEX, "config.json", "generation_config.json"),
+    *(ADAPTER.config, "adapter_model.safetensors"),
+    *TOKENIZER_FILES,
+]
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -78,9 +83,25 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype = torch.float32, att
         UserError: it is not a Gemma, or its tensors do not fit its config.
     """
     folder = resolve(name_or_path)
-    config = read_config(folder)
-    reader = HfReader(folder)
-    names = check_tensors(reader, config, str(folder))
+    return model_from(HfReader(folder), read_config(folder), str(folder), dtype, attention)
+
+
+def model_from(
+    reader: TensorReader,
+    config: GemmaConfig,
+    origin: str,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> Gemma:
+    """Build a Gemma on the CPU from a reader's tensors, one after the other.
+
+    Args:
+        origin: what to call the reader's tensors in messages.
+
+    Raises:
+        UserError: they do not fit the config.
+    """
+    names = check_tensors(reader, config, origin)
     with torch.device("meta"):
         model = Gemma(config, attention).to(dtype)
     model.to_empty(device="cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,19 +14,12 @@ from tqdm import tqdm
 
 from gemma_xla.errors import UserError, nearest
 from gemma_xla.hf.config import config_json, generation_config_json
-from gemma_xla.hf.reader import INDEX, HfReader, TensorReader, check_tensors
+from gemma_xla.hf.folder import MODEL, check_free, tokenizer_files, whole_or_nothing
+from gemma_xla.hf.reader import INDEX, TensorReader, check_tensors
 from gemma_xla.model.config import GemmaConfig
-from gemma_xla.storage import is_local, location, reason, remove_tree
+from gemma_xla.storage import is_local, location
 from gemma_xla.tensor_file import Entry, write_tensors
 
-CONFIG = "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -61,54 +53,24 @@ def export(
         UserError: an argument is impossible, ``out`` is taken or cannot be written to, or the tensors do not fit the
             config.
     """
-    out = location(out)
-    out = out.absolute() if is_local(out) else out
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}{nearest(dtype, _DTYPES)}")
+    out = absolute(out)
+    stored = parse_dtype(dtype)
     limit = parse_size(max_shard_size)
-    texts = {"generation_config.json": _dump(generation_config_json(config))}
+    texts = {"generation_config.json": dump_json(generation_config_json(config))}
     if card is not None:
         texts["README.md"] = card
-    texts[CONFIG] = _dump(config_json(config, dtype))
+    texts[MODEL.config] = dump_json(config_json(config, dtype))
     copies = tokenizer_files(location(tokenizer)) if tokenizer is not None else []
     names = check_tensors(reader, config, f"export to {out}")
     check_free(out, overwrite, reader)
 
-    with _whole_or_nothing(out) as folder:
-        _write_weights(reader, names, folder, _DTYPES[dtype], limit)
+    with whole_or_nothing(out) as folder:
+        _write_weights(reader, names, folder, stored, limit)
         for path in copies:
             (folder / path.name).write_bytes(path.read_bytes())
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of ``out`` at the end of the block, and is removed if that fails."""
-    # What is at a URL is replaced where it is.
-    partial = _sibling(out, "partial") if is_local(out) else out
-    try:
-        _clear(partial)
-        yield partial
-        if is_local(out):
-            _put_in_place(partial, out)
-    except BaseException as error:
-        # If even that fails, what is left is no model: it has no config.json.
-        with contextlib.suppress(OSError):
-            remove_tree(partial)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{out}: {reason(error)}; make room, or export to another folder that you may write to: nothing was "
-                "exported"
-            ) from error
-        raise
-
-
-def _clear(folder: Path) -> None:
-    (folder / CONFIG).unlink(missing_ok=True)
-    remove_tree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _write_weights(reader: TensorReader, names: list[str], folder: Path, dtype: torch.dtype, limit: int) -> None:
@@ -120,15 +82,24 @@ def _write_weights(reader: TensorReader, names: list[str], folder: Path, dtype: 
         max_shard_size=limit,
     )
     total = sum(entry.nbytes for entry in entries.values())
-    # disable=None: no bar when the output is not a terminal.
-    with tqdm(total=total, desc="export", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+    with progress(total) as bar:
         for shard, held in plan.filename_to_tensors.items():
-            with (folder / shard).open("wb") as file:
-                here = {name: entries[name] for name in held}
-                write_tensors(file, here, _values(reader, here, bar), metadata={"format": "pt"})
+            write_file(folder / shard, reader, {name: entries[name] for name in held}, bar)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(_dump(index), encoding="utf-8")
+        (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def progress(total: int) -> tqdm:
+    # disable=None: no bar when the output is not a terminal.
+    return tqdm(total=total, desc="export", unit="B", unit_scale=True, delay=1, disable=None)
+
+
+def write_file(path: Path, reader: TensorReader, entries: dict[str, Entry], bar: tqdm, prefix: str = "") -> None:
+    """Write one file of weights; in it, ``prefix`` stands before each of the reader's names."""
+    with path.open("wb") as file:
+        stored = {prefix + name: entry for name, entry in entries.items()}
+        write_tensors(file, stored, _values(reader, entries, bar), metadata={"format": "pt"})
 
 
 def _values(reader: TensorReader, entries: dict[str, Entry], bar: tqdm) -> Iterator[torch.Tensor]:
@@ -144,50 +115,16 @@ def _read(reader: TensorReader, name: str, entry: Entry) -> torch.Tensor:
     return values
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = _sibling(out, "old")
-    remove_tree(old)
-    out.rename(old)
-    partial.rename(out)
-    remove_tree(old)
+def absolute(out: str | Path) -> Path:
+    """A folder to write to, whatever the current folder is by then."""
+    out = location(out)
+    return out.absolute() if is_local(out) else out
 
 
-def _sibling(out: Path, suffix: str) -> Path:
-    """A hidden name beside ``out``."""
-    return out.with_name(f".{out.name}.{suffix}")
-
-
-def check_free(out: Path, overwrite: bool, reader: TensorReader | None = None) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"{out}: it is a file; give a folder to export to")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{out}: the folder is not empty; give another one, or ask for it to be overwritten")
-    if not _is_model(out):
-        raise UserError(f"{out}: the folder holds something else than a model, so it is not overwritten; give another")
-    if not is_local(out) and isinstance(reader, HfReader) and reader.folder == out:
-        raise UserError(f"{out}: it is read from, so it cannot be overwritten; give another folder")
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether a folder that is not empty may be replaced: it is a model, or what is left of an export to a URL."""
-    known = (INDEX, "README.md", "generation_config.json", *TOKENIZER_FILES)
-    return (folder / CONFIG).is_file() or (
-        not is_local(folder) and all(p.name in known or p.suffix == ".safetensors" for p in folder.iterdir())
-    )
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not {path.name for path in found} & {"tokenizer.model", "tokenizer.json"}:
-        raise UserError(f"{folder}: neither tokenizer.model nor tokenizer.json is there; give a tokenizer's folder")
-    return found
+def parse_dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise UserError(f"dtype is {name!r}; it must be one of {', '.join(_DTYPES)}{nearest(name, _DTYPES)}")
+    return _DTYPES[name]
 
 
 def parse_size(text: str) -> int:
@@ -197,5 +134,5 @@ def parse_size(text: str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2]]))
 
 
-def _dump(value: dict[str, Any]) -> str:
+def dump_json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2) + "\n"

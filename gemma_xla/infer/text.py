@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gemma_xla import hf
-from gemma_xla.checkpoint import open_run
 from gemma_xla.data.tokenizer import load_tokenizer
 from gemma_xla.infer.generate import generate_steps
 from gemma_xla.model.gemma import Gemma
-from gemma_xla.storage import fetched, location
+from gemma_xla.storage import is_local
+from gemma_xla.weights import open_weights
 
 
 def open_model(name_or_path: str | Path) -> tuple[Gemma, Any]:
-    """Return model and tokenizer of a run, a Hugging Face folder or a hub name, on the GPU if there is one.
+    """Return model and tokenizer of a run, an adapter, a Hugging Face folder or a hub name, on the GPU if there is one.
 
     Raises:
         UserError: it is none of these.
     """
-    folder = location(name_or_path)
-    if (folder / "checkpoints").is_dir():
-        reader, config, _ = open_run(folder)
-        with torch.device("meta"):
-            model = Gemma(config)
-        for name in reader.names():
-            path, _, leaf = name.rpartition(".")
-            values = torch.empty(reader.shape(name))
-            reader.copy_to(name, values)
-            setattr(model.get_submodule(path), leaf, nn.Parameter(values))
-        with fetched(folder / "tokenizer") as local:
-            tokenizer = load_tokenizer(local)
-    else:
-        model = hf.load_model(name_or_path)
-        tokenizer = load_tokenizer(name_or_path)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    weights = open_weights(name_or_path)
+    model = hf.model_from(weights.reader, weights.config, weights.description)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), _tokenizer(weights.tokenizer)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if is_local(folder):
+        return load_tokenizer(folder)
+    with tempfile.TemporaryDirectory() as parent:
+        hf.copy_tokenizer(folder, Path(parent) / "tokenizer")
+        return load_tokenizer(Path(parent) / "tokenizer")
 
 
 def stream(model: Gemma, tokenizer: Any, prompt: str, **options: Any) -> Iterator[str]:
