@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help pretrain test test-xla test-slow soak lint clean
+.PHONY: help pretrain finetune test test-xla test-slow soak lint clean
 help:
 	@echo "make pretrain   train a small Gemma on Python's standard library, on four simulated devices (about 6 minutes)"
+	@echo "make finetune   teach that model to write docstrings, with LoRA (about 3 minutes, and 6 if it is not there yet)"
 	@echo "make test       run the default tests (about 5 minutes)"
 	@echo "make test-xla   run the tests on several simulated devices"
 	@echo "make test-slow  run the tests of large shapes and whole runs"
@@ -14,6 +15,11 @@ help:
 
 pretrain: $(READY)
 	$(BIN)/accelerate launch recipes/pretrain.py --config recipes/configs/quickstart.yaml
+
+finetune: $(READY)
+	@[ -e runs/quickstart/export/config.json ] || $(MAKE) pretrain
+	$(BIN)/python recipes/docstrings.py runs/docstrings
+	$(BIN)/accelerate launch recipes/finetune.py --config recipes/configs/gemma-tiny-lora-cpu.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

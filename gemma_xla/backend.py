@@ -56,21 +56,24 @@ class Backend:
         return tensor.to(self.device, copy=True)
 
     def place_from(
-        self, shape: tuple[int, ...], spec: Spec, copy_to: CopyTo, dtype: torch.dtype = torch.float32
+        self,
+        shape: tuple[int, ...],
+        spec: Spec,
+        copy_to: CopyTo,
+        dtype: torch.dtype = torch.float32,
+        out: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Return a float32 tensor on the devices, split as ``spec`` says, that is never whole on the host beside it.
+        """Return a tensor on the devices, split as ``spec`` says, that is never whole on the host beside it.
 
         Args:
             shape: that of the whole tensor, of at least one dimension.
             spec: how it is split.
             copy_to: called for each part that this host needs.
             dtype: the type in which the values come: what need not be wider on its way is not.
+            out: the type in which they are kept.
         """
-        placed = torch.empty(shape, dtype=torch.float32, device=self.device)
-        if self.device.type == "cpu":
-            copy_to(placed, tuple(slice(0, size) for size in shape))
-        else:
-            fill_in_rows(placed, copy_to, narrower(dtype))
+        placed = torch.empty(shape, dtype=out, device=self.device)
+        fill(placed, copy_to, dtype, tuple(slice(0, size) for size in shape))
         return placed
 
     def place_batch(self, batch: dict[str, torch.Tensor], spec: Spec) -> dict[str, torch.Tensor]:
@@ -85,8 +88,8 @@ class Backend:
         """Fix how a tensor is split, and how its gradient is."""
         return tensor
 
-    def remat(self, function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-        """Call ``function``, keeping only its inputs for the backward pass."""
+    def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
+        """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
     def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
@@ -142,6 +145,23 @@ class Backend:
 
         return wait
 
+    def gather_units(self, units: list[nn.Module], dtype: torch.dtype) -> None:
+        """Have parameters that are split gathered, in ``dtype``, while a unit runs; a compiler does that by itself.
+
+        Args:
+            units: modules; the last one holds the others.
+            dtype: the compute dtype.
+        """
+
+    def sum_gradients(self, model: nn.Module) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the gradients of all processes' rows, of each what this process holds, and the sum of all squares."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return gradients, sum_of_squares(gradients, self.device)
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, where each has computed its own rows' part of it."""
+        return tensor
+
     def barrier(self) -> None:
         """Wait until every host has come here."""
 
@@ -158,18 +178,34 @@ class Backend:
         return 0
 
 
-def narrower(dtype: torch.dtype) -> torch.dtype:
-    """The type that carries values of ``dtype`` to a float32 tensor in the fewest bytes."""
-    return dtype if dtype.itemsize < torch.float32.itemsize else torch.float32
+def sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The square of the norm of all tensors together, a float32 scalar."""
+    # Not torch's own norm: on the CPU that loses four digits over a million entries (float32, one sum).
+    squares = [tensor.pow(2).sum() for tensor in tensors]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
 
 
-def fill_in_rows(out: torch.Tensor, copy_to: CopyTo, dtype: torch.dtype) -> None:
-    """Fill a tensor on any device with values that come as ``dtype``, some rows at a time."""
-    rows = max(1, STAGED // max(1, out[0].numel()))
+def narrower(dtype: torch.dtype, out: torch.dtype) -> torch.dtype:
+    """The type that carries values of ``dtype`` to a tensor of type ``out`` in the fewest bytes."""
+    return dtype if dtype.itemsize < out.itemsize else out
+
+
+def fill(out: torch.Tensor, copy_to: CopyTo, dtype: torch.dtype, index: tuple[slice, ...]) -> None:
+    """Fill a tensor on any device with the part at ``index`` of one whose values come as ``dtype``."""
+    if out.device.type == "cpu":
+        copy_to(out, index)
+    elif out.numel():
+        fill_in_rows(out, copy_to, narrower(dtype, out.dtype), index)
+
+
+def fill_in_rows(out: torch.Tensor, copy_to: CopyTo, dtype: torch.dtype, index: tuple[slice, ...]) -> None:
+    """`fill` with values that travel as ``dtype``, some rows at a time."""
+    rows = max(1, STAGED // out[0].numel())
     for start in range(0, len(out), rows):
         part = out[start : start + rows]
         staged = torch.empty(part.shape, dtype=dtype)
-        copy_to(staged, (slice(start, start + len(part)), *(slice(0, size) for size in part.shape[1:])))
+        first = index[0].start + start
+        copy_to(staged, (slice(first, first + len(part)), *index[1:]))
         part.copy_(staged)
 
 

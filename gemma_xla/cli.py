@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run `gemma-xla`."""
     parser = argparse.ArgumentParser(prog="gemma-xla", description="Tools around Gemma training with PyTorch/XLA.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for add in (_add_export, _add_generate, _add_flops, _add_chips):
+    for add in (_add_export, _add_generate, _add_preview, _add_flops, _add_chips):
         add(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -32,8 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     _guarded(lambda: args.run(args), args.debug)
 
 
-def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] | None = None) -> None:
-    """Run a recipe: read ``--config`` and ``--set key=value``, then call ``run`` with the config."""
+def recipe(
+    description: str, run: Callable[[RunConfig], None], argv: list[str] | None = None, *, finetunes: bool = False
+) -> None:
+    """Run a recipe: read ``--config`` and ``--set key=value``, then call ``run`` with the config.
+
+    Args:
+        finetunes: whether it needs weights to start from.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="the run's YAML file, such as those in recipes/configs")
     parser.add_argument(
@@ -46,6 +52,11 @@ def recipe(description: str, run: Callable[[RunConfig], None], argv: list[str] |
 
     def start() -> None:
         config = load_config(args.config, overrides)
+        if finetunes and config.model.init_from is None:
+            raise UserError(
+                f"config {args.config}: model.init_from is missing; name the model to fine-tune: a Hugging Face folder "
+                "or hub id, or a run"
+            )
         configure_environment(config.mesh.virtual_devices)
         with contextlib.redirect_stdout(_Lossy(sys.stdout)), contextlib.redirect_stderr(_Lossy(sys.stderr)):
             run(config)
@@ -85,25 +96,35 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
-    parser.add_argument("folder", type=location, metavar="RUN", help="the run's output_dir")
+    parser = verbs.add_parser("export", help="write a run's checkpoint as a Hugging Face folder or a peft adapter")
+    parser.add_argument("folder", type=location, metavar="RUN", help="the run's output_dir, or an adapter to --merge")
     parser.add_argument("out", type=location, metavar="OUT", help="the folder to write")
-    parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
+    parser.add_argument(
+        "--checkpoint", default="last", metavar="last|best|STEP", help="best: the lowest held-out loss; default: last"
+    )
+    parser.add_argument("--merge", action="store_true", help="with LoRA: write the whole model, the adapter merged in")
+    parser.add_argument("--dtype", help="float32 (default of adapters), bfloat16 (default of models) or float16")
     parser.add_argument("--max-shard-size", default="5GB", help="the largest weight file (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of the same kind that is there")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="then upload it; a new repository is private")
     parser.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from gemma_xla.train.finish import export_run
+    from gemma_xla.hf import check_push, push
+    from gemma_xla.train.export import export_run
 
-    options = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "overwrite": args.overwrite}
-    print(export_run(args.folder, args.out, **options))
+    if args.push_to_hub:
+        check_push(args.push_to_hub)
+    options = {key: getattr(args, key) for key in ("checkpoint", "merge", "dtype", "max_shard_size", "overwrite")}
+    print(export_run(args.folder, args.out, name=args.push_to_hub, **options))
+    if args.push_to_hub:
+        print(push(args.out, args.push_to_hub))
 
 
 def _add_generate(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("generate", help="continue a prompt with a run or a Hugging Face folder")
-    parser.add_argument("model", metavar="RUN_OR_HF_FOLDER")
+    parser = verbs.add_parser("generate", help="continue a prompt with a run, an adapter or a Hugging Face model")
+    parser.add_argument("model", metavar="MODEL", help="a run, a peft adapter, a Hugging Face folder or a hub name")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
@@ -122,6 +143,20 @@ def _generate(args: argparse.Namespace) -> None:
     for text in stream(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, **options):
         print(text, end="", flush=True)
     print()
+
+
+def _add_preview(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("preview", help="show what a run trains on, and which of its tokens are learnt")
+    parser.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of it")
+    parser.add_argument("-n", type=int, default=3, help="how many examples (default: %(default)s)")
+    parser.set_defaults(run=_preview)
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from gemma_xla.data.preview import preview
+
+    preview(load_config(args.config, args.set), args.n, sys.stdout)
 
 
 def _add_flops(verbs: argparse._SubParsersAction) -> None:

@@ -67,7 +67,7 @@ class FlopCounter:
     def terms(self, causal: bool = True) -> list[Term]:
         """Return what each kind of matmul costs per sequence."""
         config, tokens = self.config, self.seq_len
-        weights = {name: config.num_hidden_layers * m * n for name, (m, n) in _projections(config).items()}
+        weights = {name: config.num_hidden_layers * m * n for name, (m, n) in projections(config).items()}
         weights["lm_head"] = config.hidden_size * config.vocab_size
         factor = 3 if self.lora_rank is None else 2
         terms = [Term(name, 2 * tokens * size, factor * 2 * tokens * size) for name, size in weights.items()]
@@ -102,7 +102,7 @@ class FlopCounter:
     @property
     def num_adapter_parameters(self) -> int:
         """Parameters of the LoRA matrices A [rank, in] and B [out, rank]; 0 without LoRA."""
-        shapes = [shape for name, shape in _projections(self.config).items() if name in self.lora_targets]
+        shapes = [shape for name, shape in projections(self.config).items() if name in self.lora_targets]
         return self.config.num_hidden_layers * (self.lora_rank or 0) * sum(m + n for m, n in shapes)
 
     @property
@@ -129,11 +129,11 @@ def visible_pairs(seq_len: int, window: int | None = None) -> float:
 
 def num_parameters(config: GemmaConfig) -> int:
     """Parameters of the model, with the embedding that the output head shares counted once."""
-    layer = sum(m * n for m, n in _projections(config).values()) + 2 * config.hidden_size
+    layer = sum(m * n for m, n in projections(config).values()) + 2 * config.hidden_size
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
 
 
-def _projections(config: GemmaConfig) -> dict[str, tuple[int, int]]:
+def projections(config: GemmaConfig) -> dict[str, tuple[int, int]]:
     """The layer's weights: name -> (in_features, out_features)."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim

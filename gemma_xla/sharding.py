@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gemma_xla.config import MeshSection
+from gemma_xla.config import LoraSection, MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import GemmaConfig
 
@@ -88,6 +88,25 @@ PARAMETER_RULES = (
     # A few kilobytes each: whole everywhere.
     Rule(r"model\.(layers\.\d+\.(input|post_attention)_layer)?norm\.weight", (None,)),
 )
+
+
+def adapter_rules(lora: LoraSection) -> tuple[Rule, ...]:
+    """Rules for the adapters of `gemma_xla.model.lora`: split where the matrix beside them is wide.
+
+    Along the tensor axis, B is split like the outputs of a matrix that is split by outputs, and A like the inputs of
+    one that is split by inputs, so an adapter adds no communication along that axis but the sum its matrix needs too.
+    """
+    rules = []
+    for target in lora.target_modules:
+        by_outputs = target not in ("o_proj", "down_proj")
+        outputs = "kv" if target in ("k_proj", "v_proj") else "tensor"
+        prefix = rf"model\.layers\.\d+\.\w+\.{target}\.lora_"
+        rules.append(Rule(rf"{prefix}A\.weight", (None, "fsdp" if by_outputs else ("tensor", "fsdp"))))
+        rules.append(Rule(rf"{prefix}B\.weight", ((outputs, "fsdp") if by_outputs else "fsdp", None)))
+        if lora.use_dora:
+            rules.append(Rule(rf"{prefix}magnitude_vector", (None,)))
+    return tuple(rules)
+
 
 # What a module returns, by the module's name. The gradient that comes back is split in the same way.
 ACTIVATION_RULES = (

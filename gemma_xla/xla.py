@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from gemma_xla.backend import Backend, CopyTo, Piece, narrower, part_of
+from gemma_xla.backend import Backend, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.attention import Mask
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 
-# The most elements of a tensor that a host turns into float32 by itself.
+# The most elements of a tensor that a host makes wider by itself.
 WIDE = 2**27
 
 
@@ -45,13 +45,17 @@ def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | 
     Args:
         section: the config's ``mesh``.
         use_xla: whether to run through PyTorch/XLA.
-        device: the device of a run without it; None: the GPU if there is one.
+        device: the device of a run without it; None: that which accelerate chooses for this process.
+
+    Raises:
+        UserError: the mesh does not fit the devices.
     """
     if use_xla:
         return XlaBackend(section)
-    # One device does the work of all that are simulated; to ask for more devices than those is a mistake here too.
-    shape = resolve_mesh(section, section.virtual_devices or 1)
-    return Backend(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"), shape.batch_shards)
+    # It loads accelerate, which takes seconds.
+    from gemma_xla.distributed import open_torch
+
+    return open_torch(section, device)
 
 
 class XlaBackend(Backend):
@@ -78,6 +82,11 @@ class XlaBackend(Backend):
             )
         if section.virtual_devices is None and xr.device_type() == "CPU" and torch.cuda.is_available():
             raise UserError("PyTorch/XLA finds no TPU, but there is a GPU; start with USE_TORCH_XLA=0 to run on it")
+        if (started := int(os.environ.get("WORLD_SIZE", "1"))) > xr.process_count():
+            raise UserError(
+                f"{started} processes were started, but PyTorch/XLA drives all devices of a host from one; start one "
+                "per host, or start with USE_TORCH_XLA=0 to do without PyTorch/XLA"
+            )
         self.device = torch_xla.device()
         self.mesh: MeshShape = resolve_mesh(section, num_devices)
         self.batch_shards = self.mesh.batch_shards
@@ -111,11 +120,9 @@ class XlaBackend(Backend):
         xs.mark_sharding(placed, self._mesh, spec)
         return placed
 
-    def place_from(
-        self, shape: tuple[int, ...], spec: Spec, copy_to: CopyTo, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def place_from(self, shape, spec, copy_to, dtype=torch.float32, out=torch.float32) -> torch.Tensor:
         # Another type costs a compilation for each shape: only where it saves much memory.
-        dtype = narrower(dtype) if math.prod(shape) > WIDE else torch.float32
+        dtype = narrower(dtype, out) if math.prod(shape) > WIDE else out
         parts: dict[tuple, torch.Tensor] = {}
         shards = []
         for device in torch_xla._XLAC._xla_get_runtime_devices():
@@ -127,8 +134,8 @@ class XlaBackend(Backend):
             shards.append(parts[key])
         sharding = self._mesh.get_op_sharding(spec)
         placed = torch_xla._XLAC._global_tensor_from_cpu_shards(shards, sharding, list(shape))
-        if dtype != torch.float32:
-            placed = placed.float()
+        if dtype != out:
+            placed = placed.to(out)
             xs.mark_sharding(placed, self._mesh, spec)
             # Now, so that the devices do not hold both precisions of many tensors.
             torch_xla.sync()
@@ -150,10 +157,10 @@ class XlaBackend(Backend):
             return tensor
         return _Constrain.apply(tensor, repr(forward), repr(backward))
 
-    def remat(self, function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+    def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint
 
-        return checkpoint(function, *args, preserve_rng_state=False)
+        return checkpoint(function, *args, preserve_rng_state=draws)
 
     def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
         return _scan_layers(layers, h, cos, sin, segment_ids, remat)

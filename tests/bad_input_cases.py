@@ -22,8 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma_xla import hf
+from gemma_xla.config import LoraSection
 from gemma_xla.data.tokenizer import train_tokenizer
 from gemma_xla.train.folder import RunFolder
+from tests.adapters import random_adapter
+from tests.hf.conftest import Weights
 from tests.test_bad_data import LINES, cut, jsonl, parquet_file
 
 
@@ -191,6 +195,21 @@ def written(**files: bytes) -> Prepare:
     return prepare
 
 
+CHAT = [{"role": "user", "content": "he"}, {"role": "assistant", "content": "was"}]
+
+
+def examples(bad: dict, good: dict | None = None) -> bytes:
+    """40 examples; ``bad`` is line number 30."""
+    lines = [json.dumps(good or {"prompt": "he", "completion": "was"})] * 40
+    lines[29] = json.dumps(bad)
+    return "\n".join(lines).encode()
+
+
+def without_template(place: Place) -> None:
+    rewritten(place.copy("tokenizer") / "tokenizer_config.json", lambda tree: tree.pop("chat_template"))
+    (place.folder / "chats.jsonl").write_bytes(examples({"messages": CHAT}, {"messages": CHAT}))
+
+
 GOOD = [json.loads(line)["text"] for line in LINES]
 TEXT = "data.train={folder}/text"
 ONE_SOURCE = "data.train[0].path: {folder}/text"
@@ -293,6 +312,56 @@ DATA = {
         written(a_jsonl=jsonl("{")),
         "data.train=['{corpus}/train.jsonl', '{folder}/text']",
         "data.train[1].path: {folder}/text/a.jsonl:30 is not valid JSON ...'{'; correct",
+    ),
+    "a number for a prompt": (
+        written(a_jsonl=examples({"prompt": 7, "completion": "he"})),
+        TEXT,
+        "data.train[0].prompt: column 'prompt' of {folder}/text/a.jsonl:30 holds int, not text: '7'; name another",
+    ),
+    "an empty completion": (
+        written(a_jsonl=examples({"prompt": "he", "completion": " "})),
+        TEXT,
+        "data.train[0].completion: column 'completion' of {folder}/text/a.jsonl:30 is empty, ...; complete or remove",
+    ),
+    "a chat without an answer": (
+        written(a_jsonl=examples({"messages": CHAT[:1]}, {"messages": CHAT})),
+        TEXT,
+        "data.train[0].messages: column 'messages' of {folder}/text/a.jsonl:30 is not a chat: no message has the role",
+    ),
+    "a chat without a template": (
+        without_template,
+        "data.train={folder}/chats.jsonl + data.tokenizer={folder}/tokenizer",
+        "data.train[0]: it holds chats, but the tokenizer has no chat template; set data.chat_template=gemma or",
+    ),
+    "a role that the template refuses": (
+        written(a_jsonl=examples({"messages": [{"role": "system", "content": "he"}, CHAT[1]]}, {"messages": CHAT})),
+        TEXT,
+        "data.train[0]: the chat template cannot be used for {folder}/text/a.jsonl:30: Gemma has no system role...; ",
+    ),
+    "a completion beyond the row": (
+        written(a_jsonl=examples({"prompt": "he was " * 40, "completion": "he"})),
+        TEXT,
+        "data.train[0]: of {folder}/text/a.jsonl:30 nothing is left to learn: ...and data.seq_len is 32; raise",
+    ),
+    "no example fits": (
+        written(a_jsonl=examples(*[{"prompt": "he", "completion": "he was " * 40}] * 2)),
+        TEXT + " + data.too_long=drop",
+        "data.train[0]: all of its 40 examples are longer than data.seq_len (32) and dropped; ...: raise data.seq_len",
+    ),
+    "a template that is not there": (
+        written(a_jsonl=examples({"messages": CHAT}, {"messages": CHAT})),
+        TEXT + " + data.chat_template={folder}/none.jinja",
+        "data.chat_template: '{folder}/none.jinja' cannot be read (No such file or directory); name a Jinja file",
+    ),
+    "a template that is none": (
+        written(a_jsonl=examples({"messages": CHAT}, {"messages": CHAT}), a_jinja=b"{% for m in %}"),
+        "data.train={folder}/text/a.jsonl + data.chat_template={folder}/text/a.jinja",
+        "data.chat_template: {folder}/text/a.jinja:1 is not a Jinja template: ...; correct it",
+    ),
+    "chats in a text file": (
+        written(a_txt=b"he was"),
+        "data.train={path: '{folder}/text', format: messages}",
+        "data.train[0].format is 'messages', but '{folder}/text' is text; examples are records of .jsonl or .parquet",
     ),
     "a cache that cannot be written": (
         lambda place: place.monkeypatch.setattr(
@@ -597,6 +666,72 @@ CONTINUED = {
     ),
 }
 
+# Adapters, and what they stand beside.
+
+
+def adapter(change: Callable[[dict], object] = lambda config: None, without: str = "") -> Prepare:
+    """An adapter for the shared model, spoilt: its config changed, a file of it missing."""
+
+    def prepare(place: Place) -> None:
+        lora = LoraSection(rank=4, target_modules=["q_proj"])
+        tensors = Weights(random_adapter(hf.load_model(place.model), lora))
+        out = hf.export_adapter(tensors, lora, place.folder / "adapter", base_model=str(place.model))
+        rewritten(out / "adapter_config.json", change)
+        if without:
+            (out / without).unlink()
+
+    return prepare
+
+
+def run_without_export(place: Place) -> None:
+    shutil.rmtree(shutil.copytree(place.run, place.folder / "other") / "export")
+
+
+ADAPTED = "model={init_from: '{folder}/adapter'}"
+ADAPTER_FOLDER = "model.init_from: {folder}/adapter"
+ADAPTER = {
+    "an adapter beside an adapter": (
+        adapter(),
+        f"{ADAPTED} + lora={{rank: 4}}",
+        f"{ADAPTER_FOLDER}: it is an adapter, beside which no other can be trained; run `gemma-xla export",
+    ),
+    "a base that is gone": (
+        adapter(lambda config: config.update(base_model_name_or_path="{folder}/gone")),
+        ADAPTED,
+        f"{ADAPTER_FOLDER}/adapter_config.json: base_model_name_or_path: ...gone: no such folder, ...; or set it to",
+    ),
+    "no base": (
+        adapter(lambda config: config.pop("base_model_name_or_path")),
+        ADAPTED,
+        f"{ADAPTER_FOLDER}/adapter_config.json: base_model_name_or_path is missing; set it to",
+    ),
+    "another kind of adapter": (
+        adapter(lambda config: config.update(peft_type="IA3")),
+        ADAPTED,
+        f"{ADAPTER_FOLDER}/adapter_config.json: peft_type is 'IA3'; supported are 'LORA': merge it with peft",
+    ),
+    "an adapter of other modules": (
+        adapter(lambda config: config.update(target_modules=["k_proj"])),
+        ADAPTED,
+        f"{ADAPTER_FOLDER}/adapter_model.safetensors: ...lora_A.weight does not belong to an adapter of k_proj; ",
+    ),
+    "an adapter of another rank": (
+        adapter(lambda config: config.update(r=8)),
+        ADAPTED,
+        f"{ADAPTER_FOLDER}/adapter_model.safetensors: ...has shape [4, 48], but its config says ... is 8; take both",
+    ),
+    "an adapter without weights": (
+        adapter(without="adapter_model.safetensors"),
+        ADAPTED,
+        f"{ADAPTER_FOLDER}: adapter_model.safetensors is not there; download it again",
+    ),
+    "a run that exported nothing": (
+        run_without_export,
+        "model={init_from: '{folder}/other'} + lora={rank: 4}",
+        "model.init_from: {folder}/other: it is a run without the folder export/, ...; run `gemma-xla export",
+    ),
+}
+
 # The hub, without a connection.
 
 HUB = {
@@ -700,6 +835,7 @@ CASES = [
     Case("init_from", "no name", "model={init_from: ''}", "model.init_from...''...; "),
     Case("init_from", "a name too long", f"model={{init_from: {'a' * 300}}}", f"model.init_from: {'a' * 300}...; "),
     *prepared("checkpoint", CONTINUED),
+    *prepared("adapter", ADAPTER),
     *plain("hub", HUB),
     *prepared("disk", DISK),
     *plain("devices", DEVICES),

@@ -126,10 +126,31 @@ def test_a_tensor_is_filled_some_rows_at_a_time(monkeypatch, device, dtype, shap
         out.copy_(values[index])
 
     placed = torch.empty(shape, device=device)
-    fill_in_rows(placed, copy_to, dtype)
+    fill_in_rows(placed, copy_to, dtype, tuple(slice(0, size) for size in shape))
     assert torch.equal(placed.cpu(), values.float())
     assert max(copied) <= max(100, values[0].numel())
     assert sum(copied) == values.numel()
+    # A part of it, as a device that holds no more than that.
+    part = (slice(1, 3), *(slice(1, size) for size in shape[1:]))
+    held = torch.empty([at.stop - at.start for at in part], device=device)
+    fill_in_rows(held, copy_to, dtype, part)
+    assert torch.equal(held.cpu(), values[part].float())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_kept_in_the_type_that_is_asked_for(device, dtype):
+    """Of frozen weights in bfloat16 nothing wider exists, not even on the way."""
+    values, asked = torch.randn(33, 30).to(dtype), []
+
+    def copy_to(out, index):
+        asked.append(out.dtype)
+        out.copy_(values[index])
+
+    placed = Backend(torch.device(device)).place_from((33, 30), (None, None), copy_to, dtype, out=torch.bfloat16)
+    assert placed.dtype == torch.bfloat16
+    assert torch.equal(placed.cpu(), values.bfloat16())
+    assert set(asked) == {torch.bfloat16}
 
 
 @pytest.mark.cuda

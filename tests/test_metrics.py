@@ -52,15 +52,16 @@ def record(step: int, **changes) -> dict[str, float]:
 
 def test_a_step_in_figures():
     meter = Meter(FlopCounter(preset("gemma-2b"), 8192), CHIPS["v5e"].with_price(1.5), 4, positions_per_step=16 * 8192)
-    meter.step(30.0, 16 * 8192)
-    figures = meter.step(10.0, 16 * 8192 * 0.75)
+    meter.step(30.0, 16 * 8192, 16 * 8192)
+    figures = meter.step(10.0, 16 * 8192 * 0.25, 16 * 8192 * 0.75)
     # 138.04 TFLOP per sequence with causal attention, of which 14.84 are attention: as much again in the full square.
     per_second_and_chip = 16 / 10 / 4
     assert figures == {
         "step_time": 10.0,
         "run_time": 40.0,
-        "tokens": 16 * 8192 * 1.75,
+        "tokens": 16 * 8192 * 1.25,
         "tokens_per_second_per_chip": 16 * 8192 / 10 / 4,
+        "trained_tokens_per_second_per_chip": 0.25 * 16 * 8192 / 10 / 4,
         "real_token_fraction": 0.75,
         "mfu": pytest.approx(138.04e12 * per_second_and_chip / 197e12, rel=1e-3),
         "mfu_full_square": pytest.approx((138.04e12 + 14.84e12) * per_second_and_chip / 197e12, rel=1e-3),

@@ -337,16 +337,17 @@ def test_the_whole_state_travels(short):
 
 def test_a_signal_does_not_wait_for_an_evaluation(tiny_config, tmp_path, monkeypatch):
     """It is made up for when the run goes on."""
-    folder, plain = tmp_path / "run", Trainer.evaluate
+    folder = tmp_path / "run"
     with Run(tiny_config(folder, *SETTINGS, "eval.every=4")) as run:
         trainer = Trainer(run)
+        figures = trainer.evaluator.figures
 
-        def evaluate():
+        def interrupted():
             # As if it had come while the held-out text was read.
             monkeypatch.setattr(interrupts, "_received", signal.SIGTERM)
-            return plain(trainer)
+            return figures()
 
-        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        monkeypatch.setattr(trainer.evaluator, "figures", interrupted)
         with pytest.raises(interrupts.Interrupted) as stop:
             trainer.fit()
     monkeypatch.undo()

@@ -10,14 +10,16 @@ import json
 
 import pytest
 
+from gemma_xla.model.config import preset
+from tests.reference import reference_model
 from tests.worker import run, run_in_process
 
 STEPS = 4
 
 
 @functools.cache
-def _plain() -> dict:
-    return run({"steps": STEPS})
+def _plain(spec: str = "{}") -> dict:
+    return run({"steps": STEPS} | json.loads(spec))
 
 
 @functools.cache
@@ -91,3 +93,45 @@ def test_another_shape_compiles_again():
     """What the warning is for: the watch's counter does see it."""
     spec = {"devices": 2, "mesh": [1, 2, 1], "steps": 3, "sizes": [[8, 32], [8, 16], [8, 32]]}
     assert run_in_process(spec)["compilations"] == [1, 1, 0]
+
+
+# Adapters.
+
+KINDS = {
+    "plain": {"rank": 8, "alpha": 32.0},
+    "dora": {"rank": 8, "alpha": 16.0, "use_rslora": True, "use_dora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Hugging Face folder with the model of the worker."""
+    config = preset("gemma-test").replace(initializer_range=0.1)
+    folder = tmp_path_factory.mktemp("base")
+    reference_model(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("devices", "mesh", "changes"),
+    [
+        (1, [1, 1, 1], {}),
+        (4, [1, 4, 1], {}),
+        (4, [1, 4, 1], {"remat": "full", "grad_accum": 2}),
+        (8, [2, 2, 2], {"layers": "scan"}),
+        (8, [2, 2, 2], {"layers": "scan", "remat": "full"}),
+    ],
+)
+def test_adapters_give_the_same_numbers_on_any_mesh(base, kind, devices, mesh, changes):
+    spec = {"from": base, "lora": KINDS[kind]}
+    expected = _plain(json.dumps(spec))
+    result = run_in_process({"steps": STEPS, "devices": devices, "mesh": mesh} | spec | changes)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-4)
+    assert result["compilations"] == [1 + ("grad_accum" in changes), 0, 0, 0]
+    fsdp, tensor = mesh[1:]
+    assert result["parts"] == [[[96 // (fsdp * tensor), 8]] * (fsdp * tensor)] * 4
+    # They learn something.
+    assert expected["losses"][-1] != pytest.approx(expected["losses"][0], rel=1e-2)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from gemma_xla import xla
-from gemma_xla.config import MeshSection, OptimizerSection, TrainSection
+from gemma_xla.config import LoraSection, MeshSection, OptimizerSection, TrainSection
 from gemma_xla.hf import HfReader
 from gemma_xla.model.config import GemmaConfig, preset
-from gemma_xla.train.build import build_model, initial, stored
+from gemma_xla.train.build import adapted, build_model, initial, stored
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import Batch, TrainStep, summed_loss
@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     # A Hugging Face folder to start from, and the most elements of its tensors that the host makes float32.
     "from": None,
     "wide": xla.WIDE,
+    # The config's section, to train adapters beside those weights.
+    "lora": None,
 }
 
 
@@ -67,7 +69,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     xla.WIDE = spec["wide"]
     backend = xla.open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
     make = stored(HfReader(spec["from"]), backend) if spec["from"] else initial(config, backend, 0)
-    model, specs = build_model(config, backend, make, backend.attention)
+    lora = LoraSection(**spec["lora"]) if spec["lora"] else None
+    if lora:
+        make = adapted(HfReader(spec["from"]), backend, 0)
+    model, specs = build_model(config, backend, make, backend.attention, lora)
     train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"])
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
@@ -84,7 +89,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         compiled.append(backend.compilations())
     summed_loss(model, batch(0, config), backend, 16)[0].backward()
     backend.flush()
-    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight = model.model.layers[0].mlp.gate_proj
+    weight = weight.lora_B.weight if lora else weight.weight
     moments = [optimizer.state[weight][name] for name in MOMENTS]
     return {
         "start": start,

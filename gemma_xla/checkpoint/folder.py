@@ -144,10 +144,11 @@ def newest(root: Path, say: Callable[[str], None], backend: Backend | None = Non
     return None
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all complete checkpoints but the newest, and those whose step is a multiple of ``keep_every``."""
+def prune(root: Path, keep_last: int, keep_every: int, keep: int | None = None) -> None:
+    """Delete all complete checkpoints but the newest, multiples of ``keep_every``, and that of step ``keep``."""
     for folder in complete(root)[:-keep_last]:
-        if not keep_every or step_of(folder) % keep_every:
+        step = step_of(folder)
+        if step != keep and (not keep_every or step % keep_every):
             discard(folder)
 
 

@@ -53,8 +53,10 @@ class Saver:
         self._error: Exception | None = None
         self._step = 0
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int | None = None) -> None:
         """Save ``tensors`` and ``state`` (JSON) as the checkpoint of ``step``. Every host must call it.
+
+        The checkpoint of step ``keep`` is kept too, however old it is.
 
         Waits for the save before, if that is not done yet: one copy of the tensors is in memory at a time.
         """
@@ -67,7 +69,7 @@ class Saver:
         self.backend.barrier()
         held = {name: (tensor.shape, tensor.dtype, self.backend.pieces(tensor)) for name, tensor in tensors.items()}
         sealed = {"format": FORMAT, "step": step, "hosts": self.backend.process_count, **state}
-        self._thread = Thread(target=self._work, args=(folder, held, sealed), name="checkpoint")
+        self._thread = Thread(target=self._work, args=(folder, held, sealed, keep), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> Exception | None:
@@ -89,7 +91,7 @@ class Saver:
                 f"({reason(error)}); make room or repair the disk and start again, to continue from the one before it"
             ) from error
 
-    def _work(self, folder: Path, held: Held, state: dict[str, Any]) -> None:
+    def _work(self, folder: Path, held: Held, state: dict[str, Any], keep: int | None) -> None:
         index = self.backend.process_index
         if sys.platform == "linux":
             # This thread alone: on a CPU, a step whose threads wait for one another would wait for this one too.
@@ -101,7 +103,7 @@ class Saver:
                 state["files"] = self._gather(folder, state["hosts"])
                 replace_text(folder / STATE, seal(state))
                 sync(self.root)
-                prune(self.root, self.keep_last, self.keep_every)
+                prune(self.root, self.keep_last, self.keep_every, keep)
         except Exception as error:  # noqa: BLE001 (training goes on, whatever the disk says)
             self._error = error
             self._give_up(folder, error)

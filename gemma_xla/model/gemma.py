@@ -15,7 +15,7 @@ from torch import nn
 from gemma_xla.model.attention import Mask
 from gemma_xla.model.config import GemmaConfig
 from gemma_xla.model.layers import Cache, GemmaDecoderLayer, RMSNorm, rope_table
-from gemma_xla.model.loss import chunked_cross_entropy
+from gemma_xla.model.loss import chunked_cross_entropy, loss_and_hits
 
 
 class GemmaModel(nn.Module):
@@ -73,6 +73,8 @@ class Gemma(nn.Module):
         shift_labels: torch.Tensor | None = None,
         *,
         loss_chunk: int = 512,
+        count_hits: bool = False,
+        logits_at: torch.Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
@@ -86,6 +88,9 @@ class Gemma(nn.Module):
             shift_labels: the token that follows each position, ``[B, T]``, -100 where none is to be learnt. The result
                 is then the sum of the cross entropy over all others, a float32 scalar.
             loss_chunk: positions per row whose logits exist at one time (with labels only).
+            count_hits: with labels: return also how many of them are the likeliest token, ``[2]`` in all.
+            logits_at: one position of each row, ``[B, T]`` with a single one among zeros; only its logits are
+                returned, ``[B, V]``.
             mask: for inference: overrides ``segment_ids``.
             cache: for inference: earlier keys and values.
         """
@@ -94,7 +99,10 @@ class Gemma(nn.Module):
         h_BTD = self.model(input_ids, position_ids, mask or Mask(segment_ids), cache)
         weight_VD = self.model.embed_tokens.weight
         if shift_labels is not None:
-            return chunked_cross_entropy(h_BTD, weight_VD, shift_labels, loss_chunk)
+            compute = loss_and_hits if count_hits else chunked_cross_entropy
+            return compute(h_BTD, weight_VD, shift_labels, loss_chunk)
+        if logits_at is not None:
+            h_BTD = (h_BTD * logits_at[..., None]).sum(1).to(h_BTD.dtype)
         return F.linear(h_BTD, weight_VD)
 
 
@@ -107,10 +115,10 @@ def init_parameter(name: str, parameter: torch.Tensor, config: GemmaConfig, seed
     if name.endswith("norm.weight"):
         parameter.zero_()
         return
-    generator = torch.Generator(parameter.device).manual_seed(_mix(seed, name))
+    generator = torch.Generator(parameter.device).manual_seed(seed_of(seed, name))
     parameter.normal_(0.0, config.initializer_range, generator=generator)
 
 
-def _mix(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
     """A 63-bit seed for one name (`hash` differs from process to process)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1

@@ -30,6 +30,19 @@ def chunked_cross_entropy(
     return sum(_nll(h_BCD @ weight_VD.T, labels_BC)[0] for h_BCD, labels_BC in parts)
 
 
+def loss_and_hits(
+    h_BTD: torch.Tensor, weight_VD: torch.Tensor, shift_labels_BT: torch.Tensor, chunk: int = 512
+) -> torch.Tensor:
+    """`chunked_cross_entropy`, and how many labels are the likeliest token: ``[2]``, float32. For evaluation."""
+    total = torch.zeros(2, device=h_BTD.device)
+    for h_BCD, labels_BC in _chunks(h_BTD, shift_labels_BT, chunk):
+        logits_BCV = (h_BCD @ weight_VD.T).float()
+        nll, _ = _nll(logits_BCV, labels_BC)
+        hit_BC = (_picked(logits_BCV, labels_BC) == logits_BCV.amax(-1)) & (labels_BC != IGNORE_INDEX)
+        total = total + torch.stack([nll, hit_BC.sum().float()])
+    return total
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_BTD, weight_VD, shift_labels_BT, chunk):
@@ -67,12 +80,18 @@ def _nll(logits_BCV, labels_BC, with_grad: bool = False):
     logits_BCV = logits_BCV.float()
     counted_BC = labels_BC != IGNORE_INDEX
     lse_BC = torch.logsumexp(logits_BCV, dim=-1)
-    # A comparison instead of gather and scatter: XLA fuses it, and it splits along V.
-    vocab_V = torch.arange(logits_BCV.shape[-1], device=logits_BCV.device)
-    is_label_BCV = vocab_V == labels_BC[..., None]
-    picked_BC = torch.where(is_label_BCV, logits_BCV, 0.0).sum(-1)
-    nll = torch.where(counted_BC, lse_BC - picked_BC, 0.0).sum()
+    nll = torch.where(counted_BC, lse_BC - _picked(logits_BCV, labels_BC), 0.0).sum()
     if not with_grad:
         return nll, None
     probs_BCV = torch.exp(logits_BCV - lse_BC[..., None])
-    return nll, (probs_BCV - is_label_BCV.float()) * counted_BC[..., None]
+    return nll, (probs_BCV - _is_label(logits_BCV, labels_BC).float()) * counted_BC[..., None]
+
+
+def _picked(logits_BCV, labels_BC):
+    """The logit of each label, ``[B, C]``; 0 where there is no label."""
+    return torch.where(_is_label(logits_BCV, labels_BC), logits_BCV, 0.0).sum(-1)
+
+
+def _is_label(logits_BCV, labels_BC):
+    # A comparison instead of gather and scatter: XLA fuses it, and it splits along V.
+    return torch.arange(logits_BCV.shape[-1], device=logits_BCV.device) == labels_BC[..., None]

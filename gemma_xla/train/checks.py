@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
 from gemma_xla.backend import Backend
 from gemma_xla.config import RunConfig
 from gemma_xla.errors import UserError
+from gemma_xla.hf import check_push
 from gemma_xla.hf.config import config_json
-from gemma_xla.hf.writer import check_free, parse_size
+from gemma_xla.hf.folder import ADAPTER, check_free
+from gemma_xla.hf.writer import parse_size
 from gemma_xla.model.config import GemmaConfig
+from gemma_xla.train.folder import RunFolder
+from gemma_xla.train.memory import Memory
 
 # Three arrays of int32 and one of int64 for each position (`gemma_xla.data.packing.pack`).
 _BATCH_BYTES = 20
-# Parameter, gradient and two moments, float32.
-_TRAINING_BYTES = 16
-# The same without the gradient.
+# Parameter and two moments, float32.
 _CHECKPOINT_BYTES = 12
 
 
@@ -48,12 +49,12 @@ def check_layers(config: RunConfig, model: GemmaConfig, backend: Backend) -> Non
         raise UserError("train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'")
 
 
-def check_memory(config: RunConfig, rows: int, parameters: int, backend: Backend) -> None:
+def check_memory(config: RunConfig, rows: int, memory: Memory, backend: Backend) -> None:
     """Compare what cannot be done without with the memory of this machine.
 
     Args:
         rows: of a step's batch.
-        parameters: of the model.
+        memory: what the model takes.
 
     Raises:
         UserError: batches, or a model that is trained on the CPU, do not fit.
@@ -67,44 +68,81 @@ def check_memory(config: RunConfig, rows: int, parameters: int, backend: Backend
             f"train.batch_size: {rows:,} rows of {length:,} tokens, {ahead} batches ahead (data.prefetch), take "
             f"{_gigabytes(batches)} of memory and this machine has {_gigabytes(total)}; lower one of them"
         )
-    model = parameters * _TRAINING_BYTES
+    # Simulated devices share it.
+    model = memory.total * backend.mesh.num_devices
     if backend.device_kind == "cpu" and model > total:
         raise UserError(
-            f"model: training {parameters:,} parameters on the CPU takes at least {_gigabytes(model)} of memory and "
-            f"this machine has {_gigabytes(total)}; choose a smaller model.preset"
+            f"model: training it on the CPU takes at least {_gigabytes(model)} of memory and this machine has "
+            f"{_gigabytes(total)}; choose a smaller model.preset"
         )
 
 
-def check_export(config: RunConfig, model: GemmaConfig, out: Path) -> None:
+def check_export(config: RunConfig, model: GemmaConfig, folder: RunFolder) -> None:
     """
     Raises:
-        UserError: the export at the end of the run would fail.
+        UserError: the export at the end of the run, or its upload, would fail.
     """
     section = config.export
     if not section.at_end:
+        if section.push_to_hub:
+            raise UserError(
+                f"export.push_to_hub is {section.push_to_hub!r}, but export.at_end is false and there will be nothing "
+                "to upload; set export.at_end=true"
+            )
         return
     try:
-        parse_size(section.max_shard_size)
-        config_json(model, section.dtype)
-        check_free(out, overwrite=True)
+        if config.lora:
+            check_free(folder.adapter, overwrite=True, kind=ADAPTER)
+        if section.merged or not config.lora:
+            parse_size(section.max_shard_size)
+            config_json(model, section.dtype)
+            check_free(folder.export, overwrite=True)
     except UserError as error:
         raise UserError(f"export: {error}; or set export.at_end=false") from error
+    if section.push_to_hub:
+        try:
+            check_push(section.push_to_hub)
+        except UserError as error:
+            raise UserError(f"export.push_to_hub: {error}") from error
 
 
-def disk_space(config: RunConfig, parameters: int, existing: int) -> int:
+def check_eval(config: RunConfig, has_eval: bool) -> None:
+    """
+    Raises:
+        UserError: something depends on an evaluation that will not take place.
+    """
+    section = config.eval
+    needing = {
+        "eval.early_stopping_patience": section.early_stopping_patience,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "export.verify": config.export.verify and config.lora,
+    }
+    for name in (name for name, wanted in needing.items() if wanted):
+        if not has_eval:
+            raise UserError(f"{name} needs held-out examples; name some in data.eval, or set data.eval_fraction")
+        if name != "export.verify" and not section.every:
+            raise UserError(f"{name} needs evaluations while training goes on, and eval.every is 0; set eval.every")
+
+
+def disk_space(config: RunConfig, trained: int, parameters: int, existing: int) -> int:
     """Bytes that a run is still going to add to its folder.
 
     Args:
-        parameters: of the model.
+        trained: parameters that are.
+        parameters: of the whole model.
         existing: checkpoints that are already there.
     """
-    steps, section, export = config.train.steps, config.checkpoint, config.export
+    # Where only epochs are known yet, at least one.
+    steps, section, export = config.train.steps or 1, config.checkpoint, config.export
     saved = steps // section.every + 1 if section.every else 1
     for_good = steps // section.keep_every if section.keep_every else 0
     # One more than is kept: the oldest goes when the newest is whole.
-    kept = min(saved, section.keep_last + 1 + for_good)
-    exported = parameters * getattr(torch, export.dtype).itemsize if export.at_end else 0
-    return max(0, kept - existing) * parameters * _CHECKPOINT_BYTES + exported
+    kept = min(saved, section.keep_last + 1 + for_good + section.keep_best)
+    exported = 0
+    if export.at_end:
+        exported += trained * torch.float32.itemsize if config.lora else 0
+        exported += parameters * getattr(torch, export.dtype).itemsize if export.merged or not config.lora else 0
+    return max(0, kept - existing) * trained * _CHECKPOINT_BYTES + exported
 
 
 def _gigabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The end of a run: curves, the Hugging Face folder, a sample, and where everything is."""
+"""The end of a run: curves, the folders for other programs, a sample, and where everything is."""
 
 from __future__ import annotations
 
@@ -7,81 +7,81 @@ from typing import Any
 
 import torch
 
-from gemma_xla.checkpoint import open_run
-from gemma_xla.config import RunConfig
-from gemma_xla.config_file import dump_config, validate
-from gemma_xla.hf import export, model_card
+from gemma_xla import hf
 from gemma_xla.storage import fetched
+from gemma_xla.train.export import best_step, export_run, rounded
 from gemma_xla.train.metrics import plot, read_metrics, summary
 from gemma_xla.train.run import Run
+from gemma_xla.train.verify import load_with_peft, verify
+from gemma_xla.weights import open_checkpoint, resolve_base
 
 
 def finish(run: Run) -> None:
-    """Draw, export, sample, and print what the run made. Call it on the first host."""
-    folder = run.folder
+    """Draw, export, compare, sample, print what the run made, and upload it. Call it on the first host.
+
+    Raises:
+        UserError: something could not be written, or not be uploaded (last of all).
+    """
+    folder, section = run.folder, run.config.export
     records = read_metrics(folder.metrics)
     plot(records, folder.work / "curves.png", folder.path.name)
     folder.publish()
     made = {
         "config": folder.config,
         "metrics": folder.metrics,
+        "samples": folder.samples,
         "TensorBoard": folder.path / "tensorboard",
         "curves": folder.path / "curves.png",
         "tokenizer": folder.path / "tokenizer",
         "checkpoints": folder.checkpoints,
     }
-    section = run.config.export
     if section.at_end:
-        made["model"] = export_run(
-            folder.path,
-            folder.export,
-            dtype=section.dtype,
-            max_shard_size=section.max_shard_size,
-            overwrite=True,
-        )
-        if run.config.log.sample_prompt is not None:
-            run.say("\n" + sample(made["model"], run.config.log.sample_prompt))
-    run.say("\n" + "\n".join(f"{name:>12}: {value}" for name, value in _rounded(summary(records)).items()))
-    run.say("\n" + "\n".join(f"{name:>12}: {path}" for name, path in made.items() if path.exists()))
+        made |= _export(run)
+    run.say(f"\n{_table(rounded(summary(records)))}\n\n{_table({k: v for k, v in made.items() if v.exists()})}")
+    if section.at_end and section.push_to_hub:
+        uploaded = folder.adapter if run.config.lora else folder.export
+        run.say(_table({"uploaded": hf.push(uploaded, section.push_to_hub)}))
 
 
-def export_run(folder: Path, out: Path, **options: Any) -> Path:
-    """Write the newest checkpoint of the run in ``folder`` as a Hugging Face folder; return its path.
-
-    Args:
-        options: ``dtype``, ``max_shard_size`` and ``overwrite`` of `gemma_xla.hf.export`.
-
-    Raises:
-        UserError: the run has no checkpoint, or ``out`` is taken.
-    """
-    reader, model_config, state = open_run(folder)
-    config = validate(state["config"], str(folder))
-    card = model_card(
-        folder.absolute().name,
-        model_config,
-        sources=_sources(config),
-        metrics=_rounded(summary([r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= state["step"]])),
-        run_config=dump_config(config),
-    )
-    with fetched(folder / "tokenizer") as tokenizer:
-        return export(reader, model_config, out, tokenizer=tokenizer, card=card, **options)
-
-
-def sample(folder: Path, prompt: str, max_new_tokens: int = 64) -> str:
-    """Continue ``prompt`` with the exported model, loaded by transformers as any other program would."""
+def sample(base: Path, prompt: str, adapter: Path | None = None, max_new_tokens: int = 64) -> str:
+    """Continue ``prompt`` with an exported model, loaded by transformers (and peft) as any other program would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with fetched(folder) as local:
-        model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32)
+    with fetched(adapter or base) as local:
         tokenizer = AutoTokenizer.from_pretrained(local)
+        if adapter is None:
+            model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32)
+        else:
+            model = load_with_peft(base, local)
     inputs = tokenizer(prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def _sources(config: RunConfig) -> list[str]:
-    return [f"{source.path} (weight {source.weight:g})" for source in config.data.train]
+def _table(rows: dict[str, Any]) -> str:
+    width = max((12, *map(len, rows)))
+    return "\n".join(f"{name:>{width}}: {value}" for name, value in rows.items())
 
 
-def _rounded(values: dict[str, float]) -> dict[str, str]:
-    return {name: f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" for name, value in values.items()}
+def _export(run: Run) -> dict[str, Path]:
+    """Write the model or the adapter, compare it and let it speak; return what was made."""
+    config, folder, section = run.config, run.folder, run.config.export
+    step = None
+    if config.checkpoint.keep_best and run.corpus.has_eval:
+        step, loss = best_step(folder.path)
+        run.say(f"\nExporting step {step}, which has the lowest held-out loss: {loss:.4f}")
+    which = {"checkpoint": "last" if step is None else str(step), "overwrite": True, "name": section.push_to_hub}
+    base, adapter = folder.export, None
+    made = {}
+    if config.lora:
+        base = resolve_base(config.model.init_from, lora=True)
+        adapter = made["adapter"] = export_run(folder.path, folder.adapter, **which)
+    if config.lora is None or section.merged:
+        merge = config.lora is not None
+        options = {"dtype": section.dtype, "max_shard_size": section.max_shard_size}
+        made["model"] = export_run(folder.path, folder.export, merge=merge, **which, **options)
+    if adapter and section.verify:
+        run.say("\n" + verify(run, open_checkpoint(folder.path, step, run.say).weights(), base, adapter))
+    if config.log.sample_prompt is not None:
+        run.say("\n" + sample(base, config.log.sample_prompt, adapter))
+    return made

@@ -30,8 +30,10 @@ class RunFolder:
     tokenizer/         the tokenizer, copied or trained
     metrics.jsonl      a line per step and per evaluation
     tensorboard/       the same for TensorBoard
+    samples.jsonl      what became of eval.prompts at each evaluation
     checkpoints/       what the run continues from
     export/            the Hugging Face folder
+    adapter/           with LoRA: the adapter, as peft keeps it
     curves.png         loss and MFU
 
     Of a folder in a bucket, ``work`` is a local stand-in for what other libraries write; `publish` copies it.
@@ -66,8 +68,16 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
     def check(self, needed: int) -> None:
         """Make sure that the folder can be written to and has room; nothing stays behind.
@@ -185,7 +195,9 @@ A Gemma trained with gemma_xla. Start the same recipe with `config.yaml` to cont
 | `metrics.jsonl` | a line of figures per step and per evaluation |
 | `tensorboard/` | the same for `tensorboard --logdir {path}` |
 | `curves.png` | loss and MFU over steps, drawn at the end |
+| `samples.jsonl` | the continuations of `eval.prompts` at each evaluation, if there are prompts |
 | `tokenizer/` | the tokenizer, as every Hugging Face program reads it |
 | `checkpoints/` | `step-N/`: what the run continues from, on any mesh; safetensors and JSON |
 | `export/` | the Hugging Face folder made at the end; `gemma-xla export {path} OUT` makes another |
+| `adapter/` | with LoRA, the adapter in peft's format; `gemma-xla export {path} OUT --merge` makes a model of it |
 """

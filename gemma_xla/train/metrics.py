@@ -34,10 +34,15 @@ class Meter:
         self.seconds = 0.0
         self.tokens = 0
 
-    def step(self, seconds: float, real_tokens: float) -> dict[str, float]:
-        """Return the figures of a step that took ``seconds`` and learnt from ``real_tokens`` tokens."""
+    def step(self, seconds: float, trained_tokens: float, real_tokens: float) -> dict[str, float]:
+        """Return the figures of a step that took ``seconds``.
+
+        Args:
+            trained_tokens: those that its loss counts.
+            real_tokens: all that are not padding.
+        """
         self.seconds += seconds
-        self.tokens += int(real_tokens)
+        self.tokens += int(trained_tokens)
         real_fraction = real_tokens / self.positions_per_step
         per_chip = self.positions_per_step / seconds / self.num_chips
         peak = self.chip.peak_flops.value
@@ -47,6 +52,7 @@ class Meter:
             "run_time": self.seconds,
             "tokens": self.tokens,
             "tokens_per_second_per_chip": per_chip,
+            "trained_tokens_per_second_per_chip": trained_tokens / seconds / self.num_chips,
             "real_token_fraction": real_fraction,
             "mfu": mfu,
             "mfu_full_square": self.flops.mfu(per_chip, peak, causal=False),
@@ -157,7 +163,7 @@ def summary(records: list[dict[str, float]]) -> dict[str, float]:
     last = steps[-1]
     result = {"steps": last["step"], "tokens": last["tokens"], "loss": last["loss"]}
     if evaluations:
-        result["eval_loss"] = evaluations[-1]["eval_loss"]
+        result |= {name: value for name, value in evaluations[-1].items() if name != "step"}
     for name in ("step_time", "tokens_per_second_per_chip", "mfu", "mfu_full_square"):
         result[name] = statistics.median(r[name] for r in steady)
     return {**result, "dollars": last["dollars"], "compilations": last["compilations"]}

@@ -10,6 +10,7 @@ from gemma_xla.backend import Backend
 from gemma_xla.config import OptimizerSection, ScheduleSection
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.sharding import Spec
+from gemma_xla.train.build import trained
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,8 +24,8 @@ def build_optimizer(
     graph, and compile again.
     """
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for _, p in trained(model) if p.dim() > 1], "weight_decay": section.weight_decay},
+        {"params": [p for _, p in trained(model) if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         groups,
@@ -33,7 +34,7 @@ def build_optimizer(
         eps=section.eps,
         **backend.optimizer_options(),
     )
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         state = optimizer.state[parameter]
         state["step"] = step_count(optimizer, 0, backend)
         for moment in MOMENTS:

@@ -17,6 +17,7 @@ from torch import nn
 from gemma_xla.backend import Backend
 from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
+from gemma_xla.model.lora import LoraLinear
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
 
 
@@ -40,10 +41,13 @@ def parallelize(
         _use_as_unit(layer, own, backend, dtype)
         if section.remat == "full" and section.layers == "loop":
             _use_remat(layer, backend)
+    if section.remat == "full":
+        _give_gradient(model)
     outer = {name: spec for name, spec in specs.items() if ".layers." not in name}
     _use_as_unit(model, outer, backend, dtype)
     if section.layers == "scan":
         _use_scan(model, backend, section.remat == "full")
+    backend.gather_units([*model.model.layers, model], dtype)
 
 
 def _use_as_unit(module: nn.Module, specs: dict[str, Spec], backend: Backend, dtype: torch.dtype) -> None:
@@ -87,9 +91,18 @@ def _use_remat(layer: nn.Module, backend: Backend) -> None:
     def forward(h, cos, sin, mask, cache=None):
         if cache is not None or not torch.is_grad_enabled():
             return plain(h, cos, sin, mask, cache)
-        return backend.remat(plain, h, cos, sin, mask)
+        return backend.remat(plain, h, cos, sin, mask, draws=draws)
 
+    draws = any(isinstance(module, LoraLinear) and module.dropout for module in layer.modules())
     layer.forward = forward
+
+
+def _give_gradient(model: Gemma) -> None:
+    """Ask for the gradient of the embeddings even where they are frozen: PyTorch/XLA rematerialises nothing else."""
+    if not model.model.embed_tokens.weight.requires_grad:
+        model.model.embed_tokens.register_forward_hook(
+            lambda _m, _args, out: out.requires_grad_(torch.is_grad_enabled())
+        )
 
 
 def _use_scan(model: Gemma, backend: Backend, remat: bool) -> None:

@@ -15,7 +15,7 @@ from gemma_xla.checkpoint import CheckpointReader
 from gemma_xla.errors import UserError
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.sharding import Spec
-from gemma_xla.train.build import stored
+from gemma_xla.train.build import stored, trained
 from gemma_xla.train.optimizer import MOMENTS, step_count
 
 # Parts of the config that may differ from that of a checkpoint. They decide where and how a run computes, not what, up
@@ -52,6 +52,11 @@ def check_changes(folder: Path, saved: dict[str, Any], now: dict[str, Any], acce
             f"checkpoint {folder}: the run's tokenizer is not the one it was trained with; put back the folder "
             "tokenizer/ of the run, or choose another output_dir"
         )
+    if saved.get("base") != now["base"]:
+        raise UserError(
+            f"checkpoint {folder}: model.init_from no longer holds the weights that its adapter was trained beside; "
+            "bring them back, or choose another output_dir"
+        )
     different = _differences(_deciding(saved), _deciding(now))
     if refused := {key: text for key, text in different.items() if key not in accepted}:
         raise UserError(
@@ -70,7 +75,7 @@ def restore_optimizer(
 ) -> None:
     """Fill an optimizer's state with that of a checkpoint, a tensor at a time."""
     make = stored(reader, backend, "optimizer/")
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         slots = optimizer.state[parameter]
         slots["step"] = step_count(optimizer, step, backend)
         for moment in MOMENTS:
@@ -78,7 +83,7 @@ def restore_optimizer(
             slots[moment] = make(f"{name}/{moment}", parameter.shape, specs[name])
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What tells two tokenizers apart: a digest of their tokens and ids."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -18,17 +19,21 @@ from gemma_xla import checkpoint, hf
 from gemma_xla.chips import Chip, detect_gpu_chip, get_chip, measure_cpu_peak, topology
 from gemma_xla.config import RunConfig
 from gemma_xla.config_file import dump_config
+from gemma_xla.data.chat import set_chat_template, write_chat_template
 from gemma_xla.data.documents import Corpus
+from gemma_xla.data.survey import steps_per_epoch, survey
 from gemma_xla.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter, num_parameters
 from gemma_xla.hf import copy_tokenizer
 from gemma_xla.model.config import GemmaConfig, preset
+from gemma_xla.model.lora import check_lora
 from gemma_xla.storage import reason
 from gemma_xla.train import checks
-from gemma_xla.train.build import plan_shards
 from gemma_xla.train.folder import RunFolder
-from gemma_xla.train.resume import check_changes, fingerprint, flatten
+from gemma_xla.train.memory import memory
+from gemma_xla.train.resume import check_changes, flatten, tokenizer_fingerprint
+from gemma_xla.weights import Weights, fingerprint, open_weights, resolve_base
 from gemma_xla.xla import open_backend
 
 _PACKAGES = ("gemma_xla", "torch", "torch_xla", "transformers", "datasets", "accelerate", "safetensors")
@@ -52,10 +57,10 @@ class Run:
 
     def _prepare(self) -> None:
         config = self.config
-        self.init_folder = self._init_folder()
+        self.init = self._open_init()
         self.model_config = self._architecture()
         checks.check_seq_len(config, self.model_config)
-        self.flops = FlopCounter(self.model_config, config.data.seq_len)
+        self.flops = self._flops()
         self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
@@ -63,21 +68,24 @@ class Run:
         self.chip, self.num_chips = self._chips()
         self.compute_dtype = self._compute_dtype()
         rows = self.micro_batch_rows * config.train.grad_accum
-        checks.check_memory(config, rows, num_parameters(self.model_config), self.backend)
-        plan_shards(self.model_config, self.backend.mesh)
+        self.memory = memory(self.model_config, self.backend.mesh, config.lora, self.compute_dtype)
+        checks.check_memory(config, rows, self.memory, self.backend)
         self._check_folder()
-        checks.check_export(config, self.model_config, self.folder.export)
+        checks.check_export(config, self.model_config, self.folder)
         self.corpus = Corpus(config.data, seed=config.seed)
+        checks.check_eval(config, self.corpus.has_eval)
         if self.is_main:
             self.folder.claim()
         self.folder.fetch_tokenizer()
         self.tokenizer = self._open_tokenizer()
+        set_chat_template(self.tokenizer, config.data)
+        self.survey = survey(self.corpus, self.tokenizer)
+        config = self.config = self._with_steps(rows)
         self.newest = checkpoint.newest(self.folder.checkpoints, self.say, self.backend)
         if self.newest:
             folder, state, _ = self.newest
             check_changes(folder, state, self.state(), config.checkpoint.accept_changes)
-        elif self.init_folder:
-            self.weights = self._init_weights()
+        self.weights = self._init_weights()
 
     @property
     def is_main(self) -> bool:
@@ -93,9 +101,12 @@ class Run:
         if self.is_main:
             if not self.folder.tokenizer.exists():
                 copy_tokenizer(self._tokenizer_source, self.folder.tokenizer)
+            if self.config.data.chat_template:
+                write_chat_template(self.tokenizer, self.folder.tokenizer)
             for damaged in self.newest.damaged if self.newest else []:
                 self.say(f"{damaged} is now called {checkpoint.set_aside(damaged).name}")
             self.folder.describe(dump_config(self.config), self._environment())
+            self.say("\n".join(filter(None, [self.survey.describe(), f"Memory per device: {self.memory}"])))
             self.folder.publish()
             if self.config.log.trackers:
                 self.accelerator.init_trackers("tensorboard", config=_loggable(self.config.model_dump()))
@@ -121,7 +132,8 @@ class Run:
             "config": self.config.model_dump(),
             "model": dataclasses.asdict(self.model_config),
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
-            "tokenizer": fingerprint(self.tokenizer),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "base": fingerprint(self.init.reader) if self.config.lora else None,
             "versions": _versions(),
         }
 
@@ -139,13 +151,6 @@ class Run:
         there = {str(tracker.value) for tracker in accelerator.log_with}
         if absent := [name for name in self.config.log.trackers if name not in there]:
             raise UserError(f"log.trackers names {', '.join(absent)}, not installed here; install it, or leave it out")
-        if self.backend.name == "torch":
-            self.backend.device = accelerator.device
-            if accelerator.num_processes > 1:
-                raise UserError(
-                    f"accelerate started {accelerator.num_processes} processes; several processes need PyTorch/XLA: "
-                    "start it with --num_processes 1"
-                )
         return accelerator
 
     def _chips(self) -> tuple[Chip, int]:
@@ -160,37 +165,58 @@ class Run:
             chip = detect_gpu_chip(kind)
         if section.price is not None:
             chip = chip.with_price(section.price)
-        # Virtual devices share one CPU.
+        # Virtual devices, and processes on the CPU, share one.
         return chip, 1 if kind == "cpu" else self.backend.mesh.num_devices
 
     def _compute_dtype(self) -> torch.dtype:
         name = self.config.train.compute_dtype
         return self.backend.compute_dtype if name == "auto" else getattr(torch, name)
 
-    def _init_folder(self) -> Path | None:
-        if self.config.model.init_from is None:
+    def _flops(self) -> FlopCounter:
+        lora = self.config.lora
+        if lora is None:
+            return FlopCounter(self.model_config, self.config.data.seq_len)
+        check_lora(lora, self.model_config)
+        return FlopCounter(self.model_config, self.config.data.seq_len, lora.rank, tuple(lora.target_modules))
+
+    def _open_init(self) -> Weights | None:
+        """What training starts from, where that is not chance."""
+        name, lora = self.config.model.init_from, self.config.lora
+        if name is None and lora:
+            raise UserError(
+                "lora: an adapter needs weights to stand beside, and model.init_from is missing; name a Hugging Face "
+                "folder or hub id, or leave lora out"
+            )
+        if name is None:
             return None
         try:
-            return hf.resolve(self.config.model.init_from)
+            return open_weights(resolve_base(name, lora=lora is not None))
         except UserError as error:
             raise UserError(f"model.init_from: {error}") from error
 
     def _architecture(self) -> GemmaConfig:
         section = self.config.model
-        if self.init_folder is None:
+        if self.init is None:
             return preset(section.preset or "gemma-2b").replace(**section.overrides)
-        try:
-            return hf.read_config(self.init_folder).replace(**section.overrides)
-        except UserError as error:
-            raise UserError(f"model.init_from: {error}") from error
+        return self.init.config.replace(**section.overrides)
 
-    def _init_weights(self) -> hf.HfReader:
+    def _init_weights(self) -> hf.TensorReader | None:
+        """What is read of them: with adapters always, as a checkpoint holds nothing else."""
+        if self.init is None or (self.newest and not self.config.lora):
+            return None
         try:
-            reader = hf.HfReader(self.init_folder)
-            hf.check_tensors(reader, self.model_config, str(self.init_folder))
+            hf.check_tensors(self.init.reader, self.model_config, self.init.description)
         except UserError as error:
             raise UserError(f"model.init_from: {error}") from error
-        return reader
+        return self.init.reader
+
+    def _with_steps(self, rows: int) -> RunConfig:
+        """The config with its number of steps, where it names that of epochs."""
+        train = self.config.train
+        if train.steps is not None:
+            return self.config
+        steps = math.ceil(train.epochs * steps_per_epoch(self.corpus, self.survey, rows))
+        return self.config.model_copy(update={"train": train.model_copy(update={"steps": steps})})
 
     def _check_folder(self) -> None:
         section = self.config.checkpoint
@@ -206,12 +232,13 @@ class Run:
                 "checkpoint.resume=auto to continue it"
             )
         if self.is_main:
-            self.folder.check(checks.disk_space(self.config, num_parameters(self.model_config), len(found)))
+            trained, whole = self.flops.num_trainable_parameters, num_parameters(self.model_config)
+            self.folder.check(checks.disk_space(self.config, trained, whole, len(found)))
 
     @property
-    def _tokenizer_source(self) -> str | None:
+    def _tokenizer_source(self) -> str | Path | None:
         data = self.config.data
-        return data.tokenizer or (self.config.model.init_from if data.vocab_size is None else None)
+        return data.tokenizer or (self.init.tokenizer if self.init and data.vocab_size is None else None)
 
     def _open_tokenizer(self) -> Any:
         data, source = self.config.data, self._tokenizer_source

@@ -38,34 +38,36 @@ class TrainStep:
         self.loss_chunk = loss_chunk
 
     def __call__(self, micro_batches: list[Batch], learning_rate: float) -> torch.Tensor:
-        """Take one step; return (mean loss, gradient norm before clipping, real tokens), ``[3]``, float32.
+        """Take one step; return its mean loss, gradient norm before clipping, trained tokens and real tokens.
+
+        ``[4]``, float32. Trained tokens are those that the loss counts, real tokens all that are not padding.
 
         The result may still be in the making on the device: reading it waits.
         """
-        total_loss = total_tokens = 0.0
+        total_loss = total_counts = 0.0
         for i, batch in enumerate(micro_batches):
             if i:
                 # A graph per micro-batch: one that held them all would take as long to compile as it is long.
                 self.backend.flush()
-            loss, tokens = summed_loss(self.model, batch, self.backend, self.loss_chunk)
+            loss, counts = summed_loss(self.model, batch, self.backend, self.loss_chunk)
             loss.backward()
-            total_loss, total_tokens = total_loss + loss.detach(), total_tokens + tokens
-        grad_norm = self._scale_gradients(total_tokens)
+            total_loss, total_counts = total_loss + loss.detach(), total_counts + counts
+        total_loss, trained, real = self.backend.total(torch.stack([total_loss, *total_counts]))
+        grad_norm = self._scale_gradients(trained)
         rate = self.backend.scalar(learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        result = torch.stack([total_loss / total_tokens, grad_norm, total_tokens])
+        result = torch.stack([total_loss / trained, grad_norm, trained, real])
         self.backend.flush()
         return result
 
     @torch.no_grad()
     def _scale_gradients(self, tokens: torch.Tensor) -> torch.Tensor:
         """Divide by the number of tokens and clip, in one pass; return the norm in between."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # Not torch's own norm: on the CPU that loses four digits over a million entries (float32, one sum).
-        norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt() / tokens
+        gradients, squares = self.backend.sum_gradients(self.model)
+        norm = squares.sqrt() / tokens
         scale = 1.0 / tokens
         if self.clip_norm:
             scale = scale * torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
@@ -75,7 +77,11 @@ class TrainStep:
 
 
 def summed_loss(model: Gemma, batch: Batch, backend: Backend, loss_chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss of this host's rows and everyone else's, and the number of real tokens, both float32."""
+    """Return the summed loss of the rows that this process computes, on XLA all, and `counts`, all float32."""
     batch = backend.place_batch(batch, INPUT_SPEC)
-    loss = model(**batch, loss_chunk=loss_chunk)
-    return loss, (batch["shift_labels"] != IGNORE_INDEX).sum().float()
+    return model(**batch, loss_chunk=loss_chunk), counts(batch)
+
+
+def counts(batch: Batch) -> torch.Tensor:
+    """The numbers of trained and of real tokens, ``[2]``, float32."""
+    return torch.stack([(batch["shift_labels"] != IGNORE_INDEX).sum(), (batch["segment_ids"] != 0).sum()]).float()

@@ -12,16 +12,17 @@ import torch
 
 from gemma_xla import interrupts
 from gemma_xla.checkpoint import CheckpointReader, Saver, complete
-from gemma_xla.data.loader import EvalLoader, TrainLoader, merge_states
+from gemma_xla.data.loader import TrainLoader, merge_states
 from gemma_xla.errors import TrainingError
-from gemma_xla.train.build import build_model, initial, stored
+from gemma_xla.train.build import adapted, build_model, initial, stored, trained
 from gemma_xla.train.compilations import CompilationWatch
+from gemma_xla.train.evaluation import Evaluator, SampleLog, best, is_stale
 from gemma_xla.train.metrics import Meter, MetricsLog, summary
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.resume import restore_optimizer
 from gemma_xla.train.run import Run
-from gemma_xla.train.step import Batch, TrainStep, summed_loss
+from gemma_xla.train.step import Batch, TrainStep
 
 
 class Trainer:
@@ -81,11 +82,13 @@ class Trainer:
 
     def _train(self) -> None:
         train, total = self.config.train, self.config.train.steps
+        self.samples = SampleLog(self.run.folder.samples, self.step)
         evaluated = any(r["step"] == self.step and "eval_loss" in r for r in self.log.records)
-        if self.step and self._evaluation_is_due() and not evaluated:
-            self._evaluate()  # a signal cut it short
+        if self._evaluation_is_due() and not evaluated:
+            self._evaluate()  # the first, or one that a signal cut short
+            self.watch.expect()
         self._finished_at = time.perf_counter()
-        while self.step < total:
+        while not self._is_over():
             rate = train.optimizer.lr * learning_rate_fraction(self.step, total, train.schedule)
             micro_batches = self._next_micro_batches()
             result = self.train_step(micro_batches, rate)
@@ -96,22 +99,6 @@ class Trainer:
             self._finish_pending()
             self._pending = (self.step, rate, result, self.train_loader.describe())
             self._between_steps()
-
-    def evaluate(self) -> float | None:
-        """Return the mean loss over the held-out text, in nats per token; None if a signal cut it short."""
-        rows = self.run.micro_batch_rows
-        loader = EvalLoader(self.run.corpus, self.run.tokenizer, num_rows=rows, rows=self._share(rows))
-        total = torch.zeros(2)
-        for i, batch in enumerate(loader):
-            if i == self.config.eval.batches:
-                break
-            if self._signal():
-                return None
-            with torch.no_grad():
-                sums = torch.stack(summed_loss(self.model, batch, self.backend, self.config.train.loss_chunk))
-            self.backend.flush()
-            total += sums.cpu()
-        return (total[0] / total[1]).item()
 
     def save(self) -> None:
         """Begin to write a checkpoint; training may go on meanwhile."""
@@ -124,22 +111,26 @@ class Trainer:
         }
         if self.run.is_main:
             self.run.folder.check_claim()
-        self.saver.save(self.step, self._tensors(), state)
+        self.saver.save(self.step, self._tensors(), state, self._kept())
         if self.run.is_main:
             self.log.flush()
 
     def _build(self) -> None:
-        run, section = self.run, self.config.train
+        run, section, attention = self.run, self.config.train, self.config.model.attention
         reader = CheckpointReader(run.newest.folder) if run.newest else None
-        if reader is not None:
-            make = stored(reader, self.backend, "model/")
-        elif run.init_folder is not None:
+        saved = stored(reader, self.backend, "model/") if reader else None
+        if self.config.lora:
+            make = adapted(run.weights, self.backend, self.config.seed, saved)
+        elif saved:
+            make = saved
+        elif run.weights is not None:
             make = stored(run.weights, self.backend)
         else:
             make = initial(run.model_config, self.backend, self.config.seed)
-        attention = self.config.model.attention
         attention = self.backend.attention if attention == "auto" else attention
-        self.model, self.specs = build_model(run.model_config, self.backend, make, attention)
+        self.model, self.specs = build_model(
+            run.model_config, self.backend, make, attention, self.config.lora, run.compute_dtype
+        )
         self.optimizer = build_optimizer(self.model, self.specs, self.backend, section.optimizer)
         self.backend.seed(self.config.seed)
         if reader is not None:
@@ -152,6 +143,7 @@ class Trainer:
             clip_norm=section.optimizer.clip_norm,
             loss_chunk=section.loss_chunk,
         )
+        self.evaluator = Evaluator(run, self.model, self._share, self._signal)
         self.backend.flush()
         if run.newest:
             # Last: on XLA, handing over what was recorded moves the generator on.
@@ -165,7 +157,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained(self.model):
             tensors[f"model/{name}"] = parameter.detach()
             for moment in MOMENTS:
                 tensors[f"optimizer/{name}/{moment}"] = self.optimizer.state[parameter][moment]
@@ -182,16 +174,16 @@ class Trainer:
         return [{key: part[i] for key, part in parts.items()} for i in range(self.config.train.grad_accum)]
 
     def _between_steps(self) -> None:
-        last = self.step == self.config.train.steps
         evaluate, received = self._evaluation_is_due(), self._signal()
-        if evaluate or received or last or _due(self.step, self.config.checkpoint.every):
+        save = bool(received) or _due(self.step, self.config.checkpoint.every)
+        if evaluate or save or self._is_over():
             # Never save what was not seen to be finite.
             self._finish_pending()
             if evaluate and not received:
-                self._evaluate()
+                save = self._evaluate() or save
                 received = self._signal()
             # Last: a run that is interrupted in between evaluates again.
-            if received or last or _due(self.step, self.config.checkpoint.every):
+            if save or received or self._is_over():
                 self.save()
             self.watch.expect()
             # Time and money of the run, but not of the next step.
@@ -203,31 +195,61 @@ class Trainer:
             self.log.say(f"{received.name}: saved at step {self.step}; start again to continue from there")
             raise interrupts.Interrupted(received)
 
+    def _is_over(self) -> bool:
+        return self.step >= self.config.train.steps or self._stops_early()
+
+    def _stops_early(self) -> bool:
+        return is_stale(self.log.records, self.config.eval.early_stopping_patience)
+
     def _signal(self) -> signal.Signals | None:
         """The signal that any host has received: all of them must stop after the same step."""
         return next(filter(None, self.backend.gather_objects(interrupts.received())), None)
 
     def _evaluation_is_due(self) -> bool:
+        section = self.config.eval
+        if self.step == 0:
+            return section.at_start and self.run.corpus.has_eval
         last = self.step == self.config.train.steps
-        return self.run.corpus.has_eval and (last or _due(self.step, self.config.eval.every))
+        return self.run.corpus.has_eval and (last or _due(self.step, section.every))
 
-    def _evaluate(self) -> None:
-        loss = self.evaluate()
-        if loss is not None:
-            self.log.write({"step": self.step, "eval_loss": loss})
-            self.log.say(f"step {self.step}: held-out loss {loss:.4f}")
+    def _evaluate(self) -> bool:
+        """Evaluate and report; return whether the checkpoint of this step is to be kept for it."""
+        figures = self.evaluator.figures()
+        if figures is None:
+            return False
+        samples = self.evaluator.samples()
+        self.log.write({"step": self.step, **figures})
+        self.log.say(
+            f"step {self.step}: held-out loss {figures['eval_loss']:.4f}, token accuracy {figures['eval_accuracy']:.1%}"
+        )
+        for prompt, text in zip(self.config.eval.prompts, samples, strict=True):
+            self.log.say(f"    {prompt!r} -> {text!r}")
+        if samples and self.run.is_main:
+            self.samples.write(self.step, self.config.eval.prompts, samples)
+        if self._stops_early():
+            self.log.say(
+                f"step {self.step}: no lower held-out loss since step {best(self.log.records)['step']}; training ends "
+                "(eval.early_stopping_patience)"
+            )
+        return self._kept() == self.step
+
+    def _kept(self) -> int | None:
+        """The step whose checkpoint is kept for its held-out loss."""
+        # Before the first step there is none.
+        lowest = best([r for r in self.log.records if r["step"]]) if self.config.checkpoint.keep_best else None
+        return lowest and lowest["step"]
 
     def _finish_pending(self) -> None:
         """Wait for the step before and report it; its time is that from the end of its predecessor to its own end."""
         if self._pending is None:
             return
         (step, rate, result, rows), self._pending = self._pending, None
-        (loss, grad_norm, tokens), finished_at = result()
+        (loss, grad_norm, trained, real), finished_at = result()
         seconds, self._finished_at = finished_at - self._finished_at, finished_at
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_not_finite(step, loss, grad_norm, rows)
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-        record |= self.meter.step(seconds, tokens) | {"compilations": self.watch.count}
+        record |= self.meter.step(seconds, trained, real) | {"compilations": self.watch.count}
         self.log.write(record)
         self.log.advance(record)
 
