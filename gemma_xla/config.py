@@ -82,7 +82,8 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """The optimisation itself."""
 
-    # How long: steps, or passes over data.train (of files and data sets that are not streamed).
+    # How long: steps, or passes over data.train (of files and data sets that are not streamed), from which the steps
+    # follow; with both, as in a resolved config, steps count.
     steps: Positive | None = None
     epochs: PositiveFloat | None = None
     # Rows per step. Give either the number for the whole mesh, or the number per micro-batch and per device along the

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "grad_accum": 1,
     "steps": 4,
     "clip_norm": 1.0,
+    "rates": None,
     "dtype": "float32",
     "model": {"initializer_range": 0.1},
     "sizes": None,
@@ -85,7 +86,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         whole = batch(number, config, rows, length)
         parts = {key: value.chunk(spec["grad_accum"]) for key, value in whole.items()}
         micro_batches = [{key: part[i] for key, part in parts.items()} for i in range(spec["grad_accum"])]
-        results.append(step(micro_batches, 1e-2 * (number + 1)).tolist())
+        rate = spec["rates"][number] if spec["rates"] else 1e-2 * (number + 1)
+        results.append(step(micro_batches, rate).tolist())
         compiled.append(backend.compilations())
     summed_loss(model, batch(0, config), backend, 16)[0].backward()
     backend.flush()

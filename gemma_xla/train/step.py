@@ -10,6 +10,9 @@ from gemma_xla.model.loss import IGNORE_INDEX
 from gemma_xla.sharding import INPUT_SPEC
 
 Batch = dict[str, torch.Tensor]
+# In place of 0, as a warm-up begins with: AdamW on a device divides by the rate, and where the second moment is 0 too,
+# as that of a new adapter's A, the result would not be a number.
+SMALLEST_RATE = 1e-37
 
 
 class TrainStep:
@@ -54,7 +57,7 @@ class TrainStep:
             total_loss, total_counts = total_loss + loss.detach(), total_counts + counts
         total_loss, trained, real = self.backend.total(torch.stack([total_loss, *total_counts]))
         grad_norm = self._scale_gradients(trained)
-        rate = self.backend.scalar(learning_rate)
+        rate = self.backend.scalar(max(learning_rate, SMALLEST_RATE))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

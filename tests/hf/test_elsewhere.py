@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from gemma_xla.data.tokenizer import load_tokenizer
 from gemma_xla.hf import HfReader, export
 from gemma_xla.model.config import GemmaConfig
+from gemma_xla.train.verify import load_with_peft
+from recipes.finetune import main
 from tests.conftest import VOCAB_SIZE
 from tests.reference import pair, random_ids
 
@@ -50,6 +52,9 @@ MODELS = {
     "mha": _MHA,
     "head_dim 256": dataclasses.replace(_MHA, num_key_value_heads=2, head_dim=256),
 }
+# An adapter that a run of ours trained on the first of these, merged into it.
+LORA = "lora, merged"
+NAMES = [*MODELS, LORA]
 IDS = [2, *random_ids(_MQA, 79).tolist()]
 TEXT = "<start_of_turn>user\nit is  for the hat, é 日本 12<end_of_turn>\n\n<b>his</b> boat"
 NEWLINE = 108
@@ -64,12 +69,12 @@ CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
 
 class Exported(NamedTuple):
     folder: Path
-    # Ours, after each of IDS: [T, V].
+    # Ours, after each of IDS: [T, V]. Of the merged adapter, those of peft on the adapter itself.
     log_probs: np.ndarray
 
 
 @pytest.fixture(scope="module")
-def exported(tokenizer_folder, tmp_path_factory) -> dict[str, Exported]:
+def exported(tokenizer_folder, tiny_config, tmp_path_factory) -> dict[str, Exported]:
     parent = tmp_path_factory.mktemp("exported")
     made = {}
     for name, config in MODELS.items():
@@ -88,7 +93,18 @@ def exported(tokenizer_folder, tmp_path_factory) -> dict[str, Exported]:
         with torch.no_grad():
             made[name] = Exported(folder, model(torch.tensor([IDS]))[0].log_softmax(-1).numpy())
     assert (made["mqa in shards"].folder / "model.safetensors.index.json").exists()
-    return made
+    return made | {LORA: merged(tiny_config, made["mqa"], parent / "run")}
+
+
+def merged(tiny_config, base: Exported, folder: Path) -> Exported:
+    """What a run with LoRA leaves: its merged model, and what peft says with its adapter."""
+    settings = ["lora={rank: 4, alpha: 16}", "export={merged: true, dtype: float32}"]
+    main(tiny_config(folder, f"model={{init_from: {base.folder}}}", *settings))
+    with torch.no_grad():
+        logits = load_with_peft(base.folder, folder / "adapter")(torch.tensor([IDS])).logits
+    log_probs = logits[0].log_softmax(-1).numpy()
+    assert np.abs(log_probs - base.log_probs).max() > 0.5
+    return Exported(folder / "export", log_probs)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +140,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> 
     assert error <= tolerance
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_ctranslate2(exported, name, tmp_path):
     import ctranslate2
 
@@ -135,7 +151,7 @@ def test_ctranslate2(exported, name, tmp_path):
     assert_close(log_probs, expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_llama_cpp(exported, converter, name, tmp_path):
     folder, expected = exported[name]
     server = serve(folder, converter, tmp_path)
