@@ -1,5 +1,6 @@
-"""Where a run happens. `Backend` is plain PyTorch on one device; `gemma_xla.xla.XlaBackend` is many devices through
-PyTorch/XLA. The trainer talks to either through the same few methods.
+"""Where a run happens. `Backend` is plain PyTorch on one device; `gemma_xla.distributed.ProcessBackend` is several of
+them; `gemma_xla.xla.XlaBackend` is many devices through PyTorch/XLA. The trainer talks to each through the same few
+methods.
 """
 
 from __future__ import annotations
