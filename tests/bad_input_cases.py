@@ -81,7 +81,7 @@ CONFIG = {
     "train.steps=1.5": "train.steps is 1.5; must be a whole number",
     "train.steps=1000000000000": "train.steps is 1000000000000; must be less than 2147483648",
     "train.steps=many": "train.steps is 'many'; must be a whole number",
-    "train.steps=null": "train.steps is empty; must be a whole number",
+    "train.steps=null": "train: steps and epochs are both missing; give one of them",
     "train.batch_size=0": "train.batch_size is 0; must be greater than 0",
     "train.batch_size=-4": "train.batch_size is -4; must be greater than 0",
     "train.batch_size=2147483644": "train.batch_size: 2,147,483,644 rows of 32 tokens...GB of memory and...; lower one",
@@ -732,6 +732,37 @@ ADAPTER = {
     ),
 }
 
+# Fine-tuning.
+
+TUNED = "model={init_from: '{model}'} + "
+FINETUNE = {
+    "lora={rank: 0}": "lora.rank is 0; must be greater than 0",
+    "lora={rank: 4}": "lora: an adapter needs weights to stand beside, and model.init_from is missing; name",
+    "lora={dropout: 1.0}": "lora.dropout is 1.0; must be less than 1",
+    "lora={target_modules: []}": "lora.target_modules is []; must have at least one entry",
+    "lora={r: 4}": "unknown key 'lora.r'; ",
+    TUNED + "lora={rank: 49}": "lora.rank is 49, but q_proj is a matrix of ... x 48; choose at most",
+    TUNED + "lora={target_modules: [qproj]}": "lora.target_modules: no module is called 'qproj'...; there are q_proj,",
+    TUNED + "lora={target_modules: [lm_head]}": "lora.target_modules: no module is called 'lm_head'; there are q_proj,",
+    TUNED + "lora={} + checkpoint.keep_best=true": "checkpoint.keep_best needs evaluations while training goes on, and",
+    "eval.early_stopping_patience=2 + data.eval=null + data.eval_fraction=0": (
+        "eval.early_stopping_patience needs held-out examples; name some in data.eval, or set data.eval_fraction"
+    ),
+    "export.push_to_hub=me/model + export.at_end=false": "export.push_to_hub is 'me/model', but export.at_end is false",
+    "export.push_to_hub=me/model": "export.push_to_hub: me/model: ",
+    "train.epochs=0": "train.epochs is 0; must be greater than 0",
+    "train.steps=null + train.epochs=1 + data.train={path: '{corpus}/train.jsonl', streaming: true}": (
+        "train.epochs: data.train[0] is a stream, and nobody knows its length; set train.steps instead"
+    ),
+}
+
+
+def without_tokenizer(place: Place) -> None:
+    model = place.copy("model")
+    for path in (*model.glob("tokenizer*"), *model.glob("*.jinja")):
+        path.unlink()
+
+
 # The hub, without a connection.
 
 HUB = {
@@ -831,6 +862,14 @@ CASES = [
     Case("config", "no file", "--config=none.yaml", "config none.yaml: No such file or directory; give the path"),
     *prepared("data", DATA),
     *prepared("tokenizer", TOKENIZER),
+    *(Case("finetune", overrides, overrides, says) for overrides, says in FINETUNE.items()),
+    Case(
+        "finetune",
+        "a base without a tokenizer",
+        f"{FROM} + lora={{rank: 4}} + data.tokenizer=null",
+        "data.tokenizer: '{folder}/model' has no vocabulary; it needs tokenizer.json or tokenizer.model",
+        without_tokenizer,
+    ),
     *(Case("init_from", name, FROM, says, prepare or Case.prepare) for name, (prepare, says) in INIT_FROM.items()),
     Case("init_from", "no name", "model={init_from: ''}", "model.init_from...''...; "),
     Case("init_from", "a name too long", f"model={{init_from: {'a' * 300}}}", f"model.init_from: {'a' * 300}...; "),

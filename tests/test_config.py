@@ -37,10 +37,12 @@ def mistakes(load, text: str = MINIMAL, *overrides: str) -> list[str]:
 
 
 def leaves(tree: dict, prefix: str = "") -> dict:
-    """Dotted names to values; lists count as values."""
+    """Dotted names to values; lists, and what stands for one, count as values."""
     found = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        inner = isinstance(value, dict) and name not in ("data.train", "data.eval")
+        found |= leaves(value, f"{name}.") if inner else {name: value}
     return found
 
 
@@ -136,7 +138,9 @@ WRONG_VALUES = {
     "steps=3": "unknown key 'steps'; did you mean 'train.steps'?",
     "train.lr=3": "unknown key 'train.lr'; did you mean 'train.optimizer.lr'?",
     "optimizer.lr=3": "unknown key 'optimizer'; did you mean 'train.optimizer'?",
-    "export.foo=3": "unknown key 'export.foo'; valid keys here: at_end, merged, verify, push_to_hub, dtype, max_shard_size",
+    "export.foo=3": (
+        "unknown key 'export.foo'; valid keys here: at_end, merged, verify, push_to_hub, dtype, max_shard_size"
+    ),
     "data.train={pth: a}": "unknown key 'data.train[0].pth'; did you mean 'data.train[0].path'?",
     "data.train=[a, {path: b, wieght: 2}]": "unknown key 'data.train[1].wieght'; did you mean 'data.train[1].weight'?",
     "mesh={1: 2}": "unknown key 'mesh[1]'; keys must be text",

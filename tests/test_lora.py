@@ -181,7 +181,10 @@ def test_memory_is_shared_out_over_the_mesh(name, devices):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_modules": ["qproj"]}, "lora.target_modules: no module is called 'qproj' (did you mean 'q_proj'?); there are"),
+        (
+            {"target_modules": ["qproj"]},
+            "lora.target_modules: no module is called 'qproj' (did you mean 'q_proj'?); there are",
+        ),
         ({"target_modules": ["lm_head"]}, f"there are {', '.join(LORA_TARGETS)}"),
         ({"rank": 300}, "lora.rank is 300, but q_proj is a matrix of 64 x 48; choose at most 48"),
     ],

@@ -41,7 +41,7 @@ def test_config_would_run(path):
     if config.lora:
         check_lora(config.lora, model_config)
     # On the meta device: rules cover every parameter, and the mesh divides them.
-    held = memory(model_config, mesh, config.lora, torch.float32 if "cpu" in path.stem else torch.bfloat16)
+    held = memory(model_config, mesh, config.lora, torch.float32 if config.mesh.virtual_devices else torch.bfloat16)
     assert config.train.micro_batch_rows(mesh.batch_shards) % mesh.batch_shards == 0
     if on_tpu:
         assert config.hardware.chip == topology(hardware(path)).chip.name

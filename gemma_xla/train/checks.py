@@ -15,11 +15,12 @@ from gemma_xla.hf.folder import ADAPTER, check_free
 from gemma_xla.hf.writer import parse_size
 from gemma_xla.model.config import GemmaConfig
 from gemma_xla.train.folder import RunFolder
-from gemma_xla.train.memory import Memory
 
 # Three arrays of int32 and one of int64 for each position (`gemma_xla.data.packing.pack`).
 _BATCH_BYTES = 20
-# Parameter and two moments, float32.
+# Parameter, gradient and two moments, float32.
+_TRAINING_BYTES = 16
+# The same without the gradient.
 _CHECKPOINT_BYTES = 12
 
 
@@ -49,12 +50,16 @@ def check_layers(config: RunConfig, model: GemmaConfig, backend: Backend) -> Non
         raise UserError("train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'")
 
 
-def check_memory(config: RunConfig, rows: int, memory: Memory, backend: Backend) -> None:
+def check_memory(
+    config: RunConfig, rows: int, parameters: int, trained: int, frozen_dtype: torch.dtype, backend: Backend
+) -> None:
     """Compare what cannot be done without with the memory of this machine.
 
     Args:
         rows: of a step's batch.
-        memory: what the model takes.
+        parameters: of the model.
+        trained: how many are.
+        frozen_dtype: what the others are kept in.
 
     Raises:
         UserError: batches, or a model that is trained on the CPU, do not fit.
@@ -68,12 +73,11 @@ def check_memory(config: RunConfig, rows: int, memory: Memory, backend: Backend)
             f"train.batch_size: {rows:,} rows of {length:,} tokens, {ahead} batches ahead (data.prefetch), take "
             f"{_gigabytes(batches)} of memory and this machine has {_gigabytes(total)}; lower one of them"
         )
-    # Simulated devices share it.
-    model = memory.total * backend.mesh.num_devices
+    model = trained * _TRAINING_BYTES + (parameters * frozen_dtype.itemsize if config.lora else 0)
     if backend.device_kind == "cpu" and model > total:
         raise UserError(
-            f"model: training it on the CPU takes at least {_gigabytes(model)} of memory and this machine has "
-            f"{_gigabytes(total)}; choose a smaller model.preset"
+            f"model: training {trained:,} parameters on the CPU takes at least {_gigabytes(model)} of memory and "
+            f"this machine has {_gigabytes(total)}; choose a smaller model"
         )
 
 

@@ -75,7 +75,8 @@ def _export(run: Run) -> dict[str, Path]:
     made = {}
     if config.lora:
         base = resolve_base(config.model.init_from, lora=True)
-        adapter = made["adapter"] = export_run(folder.path, folder.adapter, **which)
+        adapter = export_run(folder.path, folder.adapter, **which)
+        made["adapter"] = folder.adapter
     if config.lora is None or section.merged:
         merge = config.lora is not None
         options = {"dtype": section.dtype, "max_shard_size": section.max_shard_size}

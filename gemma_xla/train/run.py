@@ -68,8 +68,9 @@ class Run:
         self.chip, self.num_chips = self._chips()
         self.compute_dtype = self._compute_dtype()
         rows = self.micro_batch_rows * config.train.grad_accum
+        parameters, trained = num_parameters(self.model_config), self.flops.num_trainable_parameters
+        checks.check_memory(config, rows, parameters, trained, self.compute_dtype, self.backend)
         self.memory = memory(self.model_config, self.backend.mesh, config.lora, self.compute_dtype)
-        checks.check_memory(config, rows, self.memory, self.backend)
         self._check_folder()
         checks.check_export(config, self.model_config, self.folder)
         self.corpus = Corpus(config.data, seed=config.seed)

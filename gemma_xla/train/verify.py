@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def load_with_peft(base: Path, adapter: Path) -> Any:
 
     with fetched(base) as local:
         model = AutoModelForCausalLM.from_pretrained(local, dtype=torch.float32)
-    with fetched(adapter) as local:
+    with fetched(adapter) as local, warnings.catch_warnings():
+        # peft asks transformers for what it has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
         return PeftModel.from_pretrained(model, local).eval()
 
 
