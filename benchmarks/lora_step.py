@@ -3,8 +3,8 @@
     python benchmarks/lora_step.py
     python benchmarks/lora_step.py --rounds 20 --only torch --loss-chunk 128 --json result.json
 
-The model and the batches of train_step.py: 62M frozen parameters, 4 rows of 512 tokens without padding, float32; rank 16
-beside all seven matrices of a layer, AdamW, clipping. Each contender lives in a process of its own, and they step in
+The model and the batches of train_step.py: 62M frozen parameters, 4 rows of 512 tokens without padding, float32; rank
+16 beside all seven matrices of a layer, AdamW, clipping. Each contender lives in a process of its own, and they step in
 turn. Memory is the most that a process has held, less what it held before the model was made (imports, XLA's client);
 what XLA's compiler needs counts. Ratios are taken within a round. Exits with 1 when a loss differs from that of `peft`.
 """

@@ -750,6 +750,7 @@ FINETUNE = {
     ),
     "export.push_to_hub=me/model + export.at_end=false": "export.push_to_hub is 'me/model', but export.at_end is false",
     "export.push_to_hub=me/model": "export.push_to_hub: me/model: ",
+    f"eval.prompts=['{'it is ' * 64}']": "eval.prompts[0] has ... tokens and the model 64 positions; shorten it",
     "train.epochs=0": "train.epochs is 0; must be greater than 0",
     "train.steps=null + train.epochs=1 + data.train={path: '{corpus}/train.jsonl', streaming: true}": (
         "train.epochs: data.train[0] is a stream, and nobody knows its length; set train.steps instead"

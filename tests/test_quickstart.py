@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes/configs/quickstart.yaml"
+FINETUNE = ROOT / "recipes/configs/gemma-tiny-lora-cpu.yaml"
 
 
-def _launch(folder: Path, *overrides: str, **environment: str) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "recipes/pretrain.py"]
-    command += ["--config", str(CONFIG), "--set", f"output_dir={folder}"]
+def _launch(
+    folder: Path, *overrides: str, recipe: str = "pretrain.py", config: Path = CONFIG, **environment: str
+) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", f"recipes/{recipe}"]
+    command += ["--config", str(config), "--set", f"output_dir={folder}"]
     for override in overrides:
         command += ["--set", override]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1800)
@@ -32,10 +36,16 @@ def _steps(folder: Path) -> list[dict[str, float]]:
     return [record for record in records if "loss" in record]
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of the quickstart, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    return folder, _launch(folder)
+
+
 @pytest.mark.slow
-def test_the_quickstart_learns_and_ends_with_a_model_that_transformers_loads(tmp_path):
-    folder = tmp_path / "run"
-    printed = _launch(folder)
+def test_the_quickstart_learns_and_ends_with_a_model_that_transformers_loads(quickstart):
+    folder, printed = quickstart
     steps = _steps(folder)
     vocabulary = AutoTokenizer.from_pretrained(folder / "export").vocab_size
     # A tied embedding begins a little above: it expects the token it was given once more.
@@ -49,6 +59,27 @@ def test_the_quickstart_learns_and_ends_with_a_model_that_transformers_loads(tmp
     model = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
     assert 5e6 < sum(p.numel() for p in model.parameters()) < 15e6
     assert model.config.head_dim * model.config.num_attention_heads != model.config.hidden_size
+
+
+@pytest.mark.slow
+def test_fine_tuning_the_quickstart_teaches_it_a_task(quickstart, tmp_path):
+    subprocess.run([sys.executable, "recipes/docstrings.py", str(tmp_path)], cwd=ROOT, check=True)
+    data = (f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl")
+    printed = _launch(
+        tmp_path / "run",
+        f"model.init_from={quickstart[0]}",
+        *data,
+        "train.steps=60",
+        recipe="finetune.py",
+        config=FINETUNE,
+    )
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (record for record in records if "eval_loss" in record)
+    assert first["step"] == 0
+    assert last["eval_loss"] < first["eval_loss"] - 0.3
+    assert last["eval_accuracy"] > first["eval_accuracy"] + 0.08
+    assert float(re.search(r"with peft and ours: they differ by at most (\S+)", printed)[1]) < 1e-5
+    assert "def read_file(path)" in printed
 
 
 @pytest.mark.xla

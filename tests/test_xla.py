@@ -113,15 +113,14 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.xla
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("devices", "mesh", "changes"),
+    ("kind", "devices", "mesh", "changes"),
     [
-        (1, [1, 1, 1], {}),
-        (4, [1, 4, 1], {}),
-        (4, [1, 4, 1], {"remat": "full", "grad_accum": 2}),
-        (8, [2, 2, 2], {"layers": "scan"}),
-        (8, [2, 2, 2], {"layers": "scan", "remat": "full"}),
+        ("plain", 1, [1, 1, 1], {}),
+        ("plain", 4, [1, 4, 1], {"remat": "full", "grad_accum": 2}),
+        ("plain", 8, [2, 2, 2], {"layers": "scan"}),
+        ("dora", 4, [1, 4, 1], {}),
+        ("dora", 8, [2, 2, 2], {"layers": "scan", "remat": "full"}),
     ],
 )
 def test_adapters_give_the_same_numbers_on_any_mesh(base, kind, devices, mesh, changes):

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+# Queries that the CPU works on at a time.
+_QUERIES = 128
+
 
 class Mask:
     """Who may look at whom, kept as token ids so that each implementation builds only what it needs.
@@ -93,15 +96,20 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.
 def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
     """PyTorch's fused kernels."""
     causal = mask.is_plain_causal and window is None
-    out_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BSKH.transpose(1, 2),
-        v_BSKH.transpose(1, 2),
-        attn_mask=None if causal else mask.dense(k_BSKH.shape[1], window, q_BTNH.device),
-        is_causal=causal,
-        enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
-    )
-    return out_BNTH.transpose(1, 2)
+    q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    options = {"enable_gqa": q_BTNH.shape[2] != k_BSKH.shape[2]}
+    if causal:
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, **options).transpose(1, 2)
+    visible = mask.dense(k_BSKH.shape[1], window, q_BTNH.device)
+    if q_BTNH.device.type != "cpu" or mask.q_index_T is not None:
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=visible, **options).transpose(1, 2)
+    # With a mask, the CPU's kernel computes what no query sees too: leave out the keys behind each block of queries.
+    blocks = []
+    for start in range(0, q_BTNH.shape[1], _QUERIES):
+        end = start + _QUERIES
+        q, k, v = q_BNTH[:, :, start:end], k_BKSH[:, :, :end], v_BKSH[:, :, :end]
+        blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible[..., start:end, :end], **options))
+    return torch.cat(blocks, dim=2).transpose(1, 2)
 
 
 IMPLEMENTATIONS = {"reference": _reference, "sdpa": _sdpa}

@@ -39,7 +39,8 @@ class LoraLinear(nn.Linear):
         plain = F.linear(x, self.weight)
         dropping = self.training and self.dropout > 0
         dropped = F.dropout(x, self.dropout) if dropping else x
-        added = F.linear(F.linear(dropped, self.lora_A.weight), self.lora_B.weight) * self.scaling
+        # Scaled where it is narrow.
+        added = F.linear(F.linear(dropped, self.lora_A.weight) * self.scaling, self.lora_B.weight)
         if not self.use_dora:
             return plain + added
         ratio = (self.lora_magnitude_vector / self._lengths()).to(x.dtype)

@@ -54,8 +54,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             nll, grad_logits_BCV = _nll(h_BCD @ weight_VD.T, labels_BC, with_grad=True)
             total = total + nll
             grad_logits_BCV = grad_logits_BCV.to(h_BTD.dtype)
-            grad_h.append(grad_logits_BCV @ weight_VD)
+            # What is not counted is left out where rows are narrow.
+            counted_BC1 = (labels_BC != IGNORE_INDEX)[..., None]
+            grad_h.append((grad_logits_BCV @ weight_VD) * counted_BC1)
             if grad_weight_VD is not None:
+                h_BCD = h_BCD * counted_BC1
                 grad_weight_VD = grad_weight_VD + torch.einsum("bcv,bcd->vd", grad_logits_BCV, h_BCD).float()
         ctx.save_for_backward(torch.cat(grad_h, dim=1), grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -76,22 +79,33 @@ def _chunks(h_BTD, labels_BT, chunk):
 
 
 def _nll(logits_BCV, labels_BC, with_grad: bool = False):
-    """The chunk's summed loss and, when asked for, its gradient with respect to the logits, both float32."""
-    logits_BCV = logits_BCV.float()
-    counted_BC = labels_BC != IGNORE_INDEX
-    lse_BC = torch.logsumexp(logits_BCV, dim=-1)
-    nll = torch.where(counted_BC, lse_BC - _picked(logits_BCV, labels_BC), 0.0).sum()
+    """The chunk's summed loss and, when asked for, its gradient with respect to the logits, both float32.
+
+    The gradient's rows of positions that are not counted hold anything.
+    """
+    log_probs_BCV = torch.log_softmax(logits_BCV.float(), dim=-1)
+    nll = -torch.where(labels_BC != IGNORE_INDEX, _picked(log_probs_BCV, labels_BC), 0.0).sum()
     if not with_grad:
         return nll, None
-    probs_BCV = torch.exp(logits_BCV - lse_BC[..., None])
-    return nll, (probs_BCV - _is_label(logits_BCV, labels_BC).float()) * counted_BC[..., None]
+    if log_probs_BCV.device.type == "xla":
+        return nll, log_probs_BCV.exp() - _is_label(log_probs_BCV, labels_BC).float()
+    place_BC1 = _place(labels_BC)
+    minus_one_BC1 = torch.full_like(place_BC1, -1.0, dtype=torch.float32)
+    return nll, log_probs_BCV.exp_().scatter_add_(-1, place_BC1, minus_one_BC1)
 
 
-def _picked(logits_BCV, labels_BC):
-    """The logit of each label, ``[B, C]``; 0 where there is no label."""
-    return torch.where(_is_label(logits_BCV, labels_BC), logits_BCV, 0.0).sum(-1)
+def _picked(values_BCV, labels_BC):
+    """The entry of each label, ``[B, C]``; anything where there is no label."""
+    if values_BCV.device.type == "xla":
+        return torch.where(_is_label(values_BCV, labels_BC), values_BCV, 0.0).sum(-1)
+    return values_BCV.gather(-1, _place(labels_BC))[..., 0]
 
 
-def _is_label(logits_BCV, labels_BC):
+def _is_label(values_BCV, labels_BC):
     # A comparison instead of gather and scatter: XLA fuses it, and it splits along V.
-    return torch.arange(logits_BCV.shape[-1], device=logits_BCV.device) == labels_BC[..., None]
+    return torch.arange(values_BCV.shape[-1], device=values_BCV.device) == labels_BC[..., None]
+
+
+def _place(labels_BC):
+    """Where to gather and scatter: each label, or 0 where there is none."""
+    return labels_BC.clamp_min(0)[..., None]

@@ -14,6 +14,7 @@ from gemma_xla.config import EvalSection
 from gemma_xla.data.examples import ExampleEncoder
 from gemma_xla.data.loader import EvalLoader
 from gemma_xla.data.sources import Source
+from gemma_xla.errors import UserError
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.sharding import INPUT_SPEC
 from gemma_xla.storage import replace_text
@@ -35,6 +36,9 @@ class Evaluator:
             model: parallelized.
             share: this host's part of so many rows.
             stopped: whether to break off.
+
+        Raises:
+            UserError: a prompt leaves no room for its continuation.
         """
         self._run, self._model, self._backend = run, model, run.backend
         self._share, self._stopped = share, stopped
@@ -42,6 +46,12 @@ class Evaluator:
         chats = [source for source in run.corpus.train_sources if source.format == "messages"]
         self._chats = bool(chats)
         self._prompts = [self._prompt_tokens(prompt) for prompt in self._section.prompts]
+        limit = run.model_config.max_position_embeddings
+        for number, tokens in enumerate(self._prompts):
+            if len(tokens) >= limit:
+                raise UserError(
+                    f"eval.prompts[{number}] has {len(tokens)} tokens and the model {limit} positions; shorten it"
+                )
         # And what the template ends an answer with.
         self._end_tokens = {run.tokenizer.eos_token_id, *(_last_token(run, source) for source in chats)}
 
