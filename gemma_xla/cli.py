@@ -126,6 +126,7 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("generate", help="continue a prompt with a run, an adapter or a Hugging Face model")
     parser.add_argument("model", metavar="MODEL", help="a run, a peft adapter, a Hugging Face folder or a hub name")
     parser.add_argument("--prompt", required=True)
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn; answer it")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
@@ -137,10 +138,11 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from gemma_xla.infer.text import open_model, stream
 
-    model, tokenizer = open_model(args.model)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    print(args.prompt, end="", flush=True)
-    for text in stream(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, **options):
+    model, tokenizer, ends = open_model(args.model)
+    options = {key: getattr(args, key) for key in ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    if not args.chat:
+        print(args.prompt, end="", flush=True)
+    for text in stream(model, tokenizer, args.prompt, eos_token_id=ends, **options):
         print(text, end="", flush=True)
     print()
 

@@ -35,6 +35,8 @@ class Weights:
     tokenizer: Path
     # What it is, for messages.
     description: str
+    # What ends its answers, where that is more than the end of a sequence.
+    end_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,13 @@ class Checkpoint:
             UserError: the base is no longer where it was, or another one.
         """
         reader = self.reader if self.config.lora is None else self._merged()
-        return Weights(reader, self.architecture, self.run / "tokenizer", f"{self.run}, step {self.step}")
+        description = f"{self.run}, step {self.step}"
+        return Weights(reader, self.architecture, self.run / "tokenizer", description, self.end_tokens)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """What ends the model's answers."""
+        return tuple(self.state.get("end_tokens", ()))
 
     def _merged(self) -> hf.MergedReader:
         try:
@@ -90,7 +98,7 @@ def open_weights(name_or_path: str | Path) -> Weights:
     if hf.is_adapter_folder(folder):
         return _open_adapter(folder)
     config = hf.read_config(folder)
-    return Weights(hf.HfReader(folder), config, folder, str(name_or_path))
+    return Weights(hf.HfReader(folder), config, folder, str(name_or_path), hf.read_end_tokens(folder))
 
 
 def open_checkpoint(run: Path, step: int | None = None, say: Callable[[str], None] = print) -> Checkpoint:
@@ -203,7 +211,8 @@ def _open_adapter(folder: Path) -> Weights:
     own = any((folder / name).is_file() for name in hf.TOKENIZER_FILES)
     reader = hf.MergedReader(base, adapter, adapter.lora)
     description = f"{folder}, an adapter for {adapter.base_model}"
-    return Weights(reader, hf.read_config(root), folder if own else root, description)
+    ends = hf.read_end_tokens(folder) or hf.read_end_tokens(root)
+    return Weights(reader, hf.read_config(root), folder if own else root, description, ends)
 
 
 def _open_base(folder: Path) -> hf.HfReader:

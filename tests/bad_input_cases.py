@@ -629,7 +629,7 @@ CONTINUED = {
     "other data": (
         other_text,
         "data.train={folder}/other.jsonl",
-        "data.train[0]: its text is not that of the saved position; bring it back, or start anew",
+        "data.train[0]: its text is not that of the saved position; bring it back, or choose another output_dir",
     ),
     "fewer data": (
         continued,
@@ -741,7 +741,7 @@ FINETUNE = {
     "lora={dropout: 1.0}": "lora.dropout is 1.0; must be less than 1",
     "lora={target_modules: []}": "lora.target_modules is []; must have at least one entry",
     "lora={r: 4}": "unknown key 'lora.r'; ",
-    TUNED + "lora={rank: 49}": "lora.rank is 49, but q_proj is a matrix of ... x 48; choose at most",
+    TUNED + "lora={rank: 49}": "lora.rank is 49, but k_proj is a matrix of ... x 48; choose at most",
     TUNED + "lora={target_modules: [qproj]}": "lora.target_modules: no module is called 'qproj'...; there are q_proj,",
     TUNED + "lora={target_modules: [lm_head]}": "lora.target_modules: no module is called 'lm_head'; there are q_proj,",
     TUNED + "lora={} + checkpoint.keep_best=true": "checkpoint.keep_best needs evaluations while training goes on, and",

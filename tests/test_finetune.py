@@ -13,15 +13,17 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gemma_xla.checkpoint import CheckpointReader, complete, read_state
 from gemma_xla.chips import CHIPS
 from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter
+from gemma_xla.infer.text import open_model, stream
 from gemma_xla.model.config import preset
 from gemma_xla.train import Run
 from gemma_xla.train.evaluation import best, is_stale
+from gemma_xla.train.export import export_run
 from gemma_xla.train.metrics import read_metrics
 from gemma_xla.weights import open_weights
 from recipes.finetune import main
@@ -158,10 +160,10 @@ def test_a_tuned_run_can_be_tuned_in_full(tuned, given, tiny_config, tmp_path):
 def test_epochs_become_steps(given, tiny_config, tmp_path):
     given = [*given, "train.steps=null", "train.epochs=2", "data.seq_len=64"]
     with Run(tiny_config(tmp_path / "b", *given, "data.packing=false")) as run:
-        # 50 examples in rows of their own, 4 of them a step.
-        assert run.config.train.steps == 2 * 13
+        # Twice 50 examples in rows of their own, 4 of them a step.
+        assert run.config.train.steps == 25
     trainer = fit(tiny_config(tmp_path / "a", *given))
-    assert trainer.step <= 2 * 13 // 2
+    assert trainer.step <= 25 // 2
     finished = [sum(lane["cursors"]) for lane in trainer.train_loader.state_dict()["lanes"].values()]
     # Each lane has had its part of both epochs, and none has had much more.
     assert all(25 - 1 <= count <= 25 + 4 for count in finished)
@@ -175,14 +177,23 @@ def test_chats_are_prompted_as_they_are_trained(given, examples, tiny_config, tm
     assert sample["completion"] == PAIRS[0][1].strip()
     template = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template
     assert "<start_of_turn>" in template
+    # What ends an answer is known to whoever generates.
+    model, tokenizer, ends = open_model(tmp_path / "run" / "adapter")
+    assert ends == tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert (
+        "".join(stream(model, tokenizer, "he was", chat=True, eos_token_id=ends, max_new_tokens=48))
+        == sample["completion"]
+    )
+    exported = GenerationConfig.from_pretrained(export_run(tmp_path / "run", tmp_path / "merged", merge=True))
+    assert exported.eos_token_id == ends
 
 
 # Stopping, and keeping the best.
 
 
 def test_the_best_checkpoint_is_kept_and_exported(given, tiny_config, tmp_path, capsys):
-    """With a learning rate that makes it worse after a while."""
-    worse = ["train.optimizer.lr=3", "checkpoint.keep_last=1", "checkpoint.keep_best=true", "eval.at_start=true"]
+    """With a learning rate so low that nothing is better than the first."""
+    worse = ["train.optimizer.lr=1e-12", "checkpoint.keep_last=1", "checkpoint.keep_best=true", "eval.at_start=true"]
     main(tiny_config(tmp_path / "run", *given, *worse, "eval.every=2", "export.verify=true"))
     lowest = best([r for r in evaluations(tmp_path / "run") if r["step"]])
     kept = [int(folder.name[5:]) for folder in complete(tmp_path / "run" / "checkpoints")]
@@ -232,8 +243,11 @@ def test_a_killed_run_ends_with_the_same_bits(given, extra, tiny_file, tiny_conf
 
 def test_another_base_is_refused(given, tiny_config, finished_run, tuned, tmp_path):
     fit(tiny_config(tmp_path / "run", *given, "train.steps=3"))
+    other = [*given, f"model={{init_from: {tuned}/export}}"]
+    with pytest.raises(UserError, match=r"has changed in what decides the results: model.init_from \("):
+        Run(tiny_config(tmp_path / "run", *other))
     with pytest.raises(UserError, match="no longer holds the weights that its adapter was trained beside"):
-        Run(tiny_config(tmp_path / "run", *given, f"model={{init_from: {tuned}/export}}"))
+        Run(tiny_config(tmp_path / "run", *other, "checkpoint.accept_changes=[model.init_from]"))
 
 
 def test_a_run_of_ours_opens_as_the_model_it_made(tuned):

@@ -161,7 +161,7 @@ def test_a_run_at_a_url_is_exported_and_continued_as_a_local_one(made_run, tmp_p
             assert all((here / name).read_bytes() == (there / name).read_bytes() for name in same)
         models = [open_model(place) for place in (made_run, url, url / "out-False")]
         ids = torch.tensor([models[0][1]("he was in")["input_ids"]])
-        one, two, three = (model.cpu()(ids) for model, _ in models)
+        one, two, three = (model.cpu()(ids) for model, *_ in models)
         assert torch.equal(one, two) and not torch.equal(one, three)  # the newest, and the best
     finally:
         remove_tree(UPath("memory://runs"))

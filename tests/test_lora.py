@@ -186,7 +186,7 @@ def test_memory_is_shared_out_over_the_mesh(name, devices):
             "lora.target_modules: no module is called 'qproj' (did you mean 'q_proj'?); there are",
         ),
         ({"target_modules": ["lm_head"]}, f"there are {', '.join(LORA_TARGETS)}"),
-        ({"rank": 300}, "lora.rank is 300, but q_proj is a matrix of 64 x 48; choose at most 48"),
+        ({"rank": 300}, "lora.rank is 300, but k_proj is a matrix of 32 x 48; choose at most 32"),
     ],
 )
 def test_impossible_adapters_are_refused(changes, message):

@@ -144,6 +144,7 @@ def test_rates_are_medians_over_the_steps_that_compiled_nothing():
         "tokens": 600,
         "loss": 5.0 / 6,
         "eval_loss": 2.25,
+        "lowest_eval_loss": 2.25,
         "step_time": pytest.approx(statistics.median([0.2, 0.3, 0.5])),
         "tokens_per_second_per_chip": pytest.approx(statistics.median([1000 / 2, 1000 / 3, 1000 / 5])),
         "mfu": pytest.approx(0.5 / 3),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from gemma_xla.config_data import DataSection
 from gemma_xla.data.documents import Corpus
 from gemma_xla.data.loader import TrainLoader
 from gemma_xla.data.sources import IndexedSource
-from gemma_xla.data.survey import Survey, steps_per_epoch, survey
+from gemma_xla.data.survey import Survey, steps_of_epochs, survey
 from gemma_xla.errors import UserError
 from tests.conftest import WORDS, make_texts, write_jsonl
 from tests.test_chat import TURNS
@@ -133,7 +134,7 @@ class TestStepsPerEpoch:
     )
     def test_after_so_many_batches_every_lane_is_through(self, tokenizer, pairs, rows, options):
         corpus, found = looked_at(tokenizer, train=pairs, **{"seq_len": 16, **options})
-        steps = steps_per_epoch(corpus, found, rows)
+        steps = steps_of_epochs(corpus, found, rows)
         through = []
         for row in range(rows):
             share = len(range(row, COUNT, rows))
@@ -146,24 +147,26 @@ class TestStepsPerEpoch:
         assert steps == max(through)
         if options.get("packing") is False:
             assert steps == -(-COUNT // rows)
+            # No batch is rounded up but the last.
+            assert steps_of_epochs(corpus, found, rows, 2.5) == -(-math.ceil(2.5 * COUNT) // rows)
 
     def test_text(self, tokenizer, tmp_path):
         texts = make_texts(30, 2)
         train = str(write_jsonl(tmp_path / "text.jsonl", texts))
         corpus, found = looked_at(tokenizer, train=train, seq_len=16)
         pairs = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-        assert steps_per_epoch(corpus, found, 1) == -(-pairs // 16)
+        assert steps_of_epochs(corpus, found, 1) == -(-pairs // 16)
         one = str(write_jsonl(tmp_path / "one.jsonl", ["he was " * 100]))
         corpus, found = looked_at(tokenizer, train=one, seq_len=16)
         pairs = len(tokenizer("he was " * 100)["input_ids"])
         # A document for four lanes is in parts of about equal length.
-        assert steps_per_epoch(corpus, found, 4) in (-(-pairs // 64), -(-pairs // 64) + 1)
+        assert steps_of_epochs(corpus, found, 4) in (-(-pairs // 64), -(-pairs // 64) + 1)
 
     def test_several_sources(self, tokenizer, tmp_path, pairs):
         text = str(write_jsonl(tmp_path / "text.jsonl", make_texts(30, 2)))
         train = [{"path": pairs, "weight": 3.0}, text]
         corpus, found = looked_at(tokenizer, train=train, seq_len=32)
-        steps = steps_per_epoch(corpus, found, 2)
+        steps = steps_of_epochs(corpus, found, 2)
         with TrainLoader(corpus, tokenizer, num_rows=2, rows=range(2)) as loader:
             for _ in range(steps - 1):
                 next(loader)
@@ -174,4 +177,4 @@ class TestStepsPerEpoch:
     def test_streams_have_no_end(self, tokenizer, pairs):
         corpus, found = looked_at(tokenizer, train=[{"path": pairs, "streaming": True}])
         with pytest.raises(UserError, match=r"^train.epochs: data.train\[0\] is a stream, .*; set train.steps instead"):
-            steps_per_epoch(corpus, found, 2)
+            steps_of_epochs(corpus, found, 2)

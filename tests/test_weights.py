@@ -71,7 +71,7 @@ def test_a_run_with_lora_and_its_adapter_are_what_peft_makes_of_them(lora_run, b
     expected = peft.PeftModel.from_pretrained(model, adapter).eval()(ids).logits
     assert (expected - plain).abs().max() > 0.1
     for source in (lora_run, adapter):
-        opened, tokenizer = open_model(source)
+        opened, tokenizer, _ = open_model(source)
         assert_close(opened.cpu()(ids), expected)
         assert tokenizer.decode(tokenizer("he was")["input_ids"], skip_special_tokens=True) == "he was"
 

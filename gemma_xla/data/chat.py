@@ -98,6 +98,24 @@ def segments(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
     return [*found, Segment(whole[place:], False)]
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
+    """The tokens of a prompt, as training has them: the prompt or, of a chat, a user's turn and an answer's beginning.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or that refuses the prompt.
+    """
+    if not chat:
+        return tokenizer(prompt)["input_ids"]
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; leave --chat out, or use a model trained on chats")
+    try:
+        (text,) = _render(tokenizer, [[{"role": "user", "content": prompt}]], prompt=True)
+    except ChatError as error:
+        raise UserError(f"the chat template cannot be used for {prompt!r}: {error}") from error
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens if tokens[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *tokens]
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, chats: list[list[Message]], *, prompt: bool) -> list[str]:
     """The text of each chat, with or without what asks the model for an answer."""
     try:

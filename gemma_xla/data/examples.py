@@ -7,6 +7,7 @@ asked later gets the tokens that it has seen in training.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,18 @@ def source_encoder(tokenizer: PreTrainedTokenizerBase, source: Source, config: D
         UserError: they are chats, and the tokenizer has no template for them.
     """
     return document_encoder(tokenizer) if source.format == "text" else ExampleEncoder(tokenizer, source, config)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, sources: Iterable[Source], config: DataSection) -> list[int]:
+    """The tokens that end what a model generates once it has learnt from these sources.
+
+    The end of a sequence and, of chats, what the template ends an answer with: the last token learnt of an example.
+    """
+    found = {tokenizer.eos_token_id}
+    for source in (source for source in sources if source.format == "messages"):
+        example = ExampleEncoder(tokenizer, source, config).whole(next(iter(source.texts())))
+        found.add(int(example.tokens[example.trained][-1]))
+    return sorted(found)
 
 
 class ExampleEncoder:

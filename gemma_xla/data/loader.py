@@ -143,11 +143,13 @@ class TrainLoader:
             if setup[name] != value and name != "content":
                 raise UserError(
                     f"data: the saved position has {name} {setup[name]}, but this run has {value}; "
-                    "continue with the same data, seed and rows per step, or start anew"
+                    "continue with the same data, seed and rows per step, or choose another output_dir"
                 )
         for field, theirs, ours in zip(self._fields, setup["content"], self._setup["content"], strict=True):
             if theirs != ours:
-                raise UserError(f"{field}: its text is not that of the saved position; bring it back, or start anew")
+                raise UserError(
+                    f"{field}: its text is not that of the saved position; bring it back, or choose another output_dir"
+                )
 
 
 class EvalLoader:

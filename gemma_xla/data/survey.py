@@ -5,6 +5,7 @@ Mistakes in single examples show here, not hours into a run. Text is left alone,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -78,8 +79,8 @@ def survey(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Survey:
     return found
 
 
-def steps_per_epoch(corpus: Corpus, survey: Survey, rows: int) -> int:
-    """Return after how many global batches of ``rows`` rows every lane has finished its share of an epoch.
+def steps_of_epochs(corpus: Corpus, survey: Survey, rows: int, epochs: float = 1.0) -> int:
+    """Return after how many global batches of ``rows`` rows every lane has finished its share of so many epochs.
 
     With several sources, an epoch is as many documents as they hold together, drawn by their weights. Text is
     tokenized to find out.
@@ -102,9 +103,9 @@ def steps_per_epoch(corpus: Corpus, survey: Survey, rows: int) -> int:
         stand_in = _Lengths(source.field, source.format, lengths)
         documents.append(corpus.indexed_documents(number, stand_in, stand_in.encode, rows))
     weights = [source.weight for source in corpus.train_sources]
-    config, per_epoch = corpus.config, sum(source.per_epoch for source in documents)
+    config, total = corpus.config, math.ceil(epochs * sum(source.per_epoch for source in documents))
     lanes = (Lane(row, documents, weights, config.seq_len, corpus.seed, config.packing) for row in range(rows))
-    return max(_rows_until(lane, len(range(row, per_epoch, rows))) for row, lane in enumerate(lanes))
+    return max(_rows_until(lane, len(range(row, total, rows))) for row, lane in enumerate(lanes))
 
 
 def _rows_until(lane: Lane, documents: int) -> int:

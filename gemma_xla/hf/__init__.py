@@ -2,7 +2,7 @@
 
 from gemma_xla.hf.adapter import AdapterReader, export_adapter, is_adapter_folder
 from gemma_xla.hf.card import model_card
-from gemma_xla.hf.config import read_config
+from gemma_xla.hf.config import read_config, read_end_tokens
 from gemma_xla.hf.folder import ADAPTER, MODEL, TOKENIZER_FILES
 from gemma_xla.hf.hub import check_push, push
 from gemma_xla.hf.load import copy_tokenizer, load_model, model_from, resolve
@@ -29,5 +29,6 @@ __all__ = [
     "model_from",
     "push",
     "read_config",
+    "read_end_tokens",
     "resolve",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def export_adapter(
     tokenizer: str | Path | None = None,
     dtype: str = "float32",
     card: str | None = None,
+    end_tokens: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` loads; return its path.
@@ -121,6 +123,7 @@ def export_adapter(
         tokenizer: the folder whose tokenizer files are copied.
         dtype: what the tensors are stored as: float32, bfloat16 or float16.
         card: the text of ``README.md``.
+        end_tokens: all that end an answer, for ``generation_config.json``.
         overwrite: replace the adapter folder that is already there.
 
     Raises:
@@ -131,6 +134,8 @@ def export_adapter(
     adapted_modules(reader, lora)
     entries = {name: Entry(stored, reader.shape(name)) for name in reader.names()}
     texts = {"README.md": card} if card is not None else {}
+    if len(end_tokens) > 1:
+        texts["generation_config.json"] = json.dumps({"eos_token_id": list(end_tokens)}, indent=2) + "\n"
     texts[ADAPTER.config] = _config_json(lora, base_model)
     copies = tokenizer_files(location(tokenizer)) if tokenizer is not None else []
     check_free(out, overwrite, reader, ADAPTER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,17 @@ def config_json(config: GemmaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def generation_config_json(config: GemmaConfig) -> dict[str, Any]:
-    """The contents of ``generation_config.json``."""
-    return {name: getattr(config, name) for name in _TOKEN_IDS}
+def generation_config_json(config: GemmaConfig, end_tokens: Sequence[int] = ()) -> dict[str, Any]:
+    """The contents of ``generation_config.json``; ``end_tokens``: all that end an answer."""
+    found = {name: getattr(config, name) for name in _TOKEN_IDS}
+    return found | ({"eos_token_id": list(end_tokens)} if len(end_tokens) > 1 else {})
+
+
+def read_end_tokens(folder: Path) -> tuple[int, ...]:
+    """What ends an answer according to a folder's ``generation_config.json``; nothing if it does not say."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def export(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
     card: str | None = None,
+    end_tokens: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write a model folder that transformers and the programs around it load; return its path.
@@ -47,6 +48,7 @@ def export(
         dtype: what weights are stored as: float32, bfloat16 or float16.
         max_shard_size: the largest weight file, such as "5GB".
         card: the text of ``README.md``.
+        end_tokens: all that end an answer; none: the config's end of a sequence.
         overwrite: replace the model folder that is already there.
 
     Raises:
@@ -56,7 +58,7 @@ def export(
     out = absolute(out)
     stored = parse_dtype(dtype)
     limit = parse_size(max_shard_size)
-    texts = {"generation_config.json": dump_json(generation_config_json(config))}
+    texts = {"generation_config.json": dump_json(generation_config_json(config, end_tokens))}
     if card is not None:
         texts["README.md"] = card
     texts[MODEL.config] = dump_json(config_json(config, dtype))

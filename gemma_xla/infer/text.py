@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gemma_xla import hf
+from gemma_xla.data.chat import prompt_tokens
 from gemma_xla.data.tokenizer import load_tokenizer
 from gemma_xla.infer.generate import generate_steps
 from gemma_xla.model.gemma import Gemma
@@ -17,15 +18,24 @@ from gemma_xla.storage import is_local
 from gemma_xla.weights import open_weights
 
 
-def open_model(name_or_path: str | Path) -> tuple[Gemma, Any]:
-    """Return model and tokenizer of a run, an adapter, a Hugging Face folder or a hub name, on the GPU if there is one.
+class Opened(NamedTuple):
+    """A model, its tokenizer, and the tokens that end its answers."""
+
+    model: Gemma
+    tokenizer: Any
+    end_tokens: list[int]
+
+
+def open_model(name_or_path: str | Path) -> Opened:
+    """Open a run, an adapter, a Hugging Face folder or a hub name, on the GPU if there is one.
 
     Raises:
         UserError: it is none of these.
     """
     weights = open_weights(name_or_path)
     model = hf.model_from(weights.reader, weights.config, weights.description)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), _tokenizer(weights.tokenizer)
+    ends = list(weights.end_tokens) or [weights.config.eos_token_id]
+    return Opened(model.to("cuda" if torch.cuda.is_available() else "cpu"), _tokenizer(weights.tokenizer), ends)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -36,13 +46,14 @@ def _tokenizer(folder: Path) -> Any:
         return load_tokenizer(Path(parent) / "tokenizer")
 
 
-def stream(model: Gemma, tokenizer: Any, prompt: str, **options: Any) -> Iterator[str]:
+def stream(model: Gemma, tokenizer: Any, prompt: str, *, chat: bool = False, **options: Any) -> Iterator[str]:
     """Yield a prompt's continuation piece by piece.
 
     Args:
+        chat: write the prompt as a user's turn, with the tokenizer's chat template.
         options: those of `gemma_xla.infer.generate.generate_steps`.
     """
-    ids = tokenizer(prompt)["input_ids"]
+    ids = prompt_tokens(tokenizer, prompt, chat)
     done, text = len(ids), ""
     for (token,) in generate_steps(model, [ids], **options):
         if token is None:

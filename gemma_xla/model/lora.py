@@ -107,9 +107,10 @@ def check_lora(lora: LoraSection, config: GemmaConfig) -> None:
                 f"lora.target_modules: no module is called {target!r}{nearest(target, LORA_TARGETS)}; there are "
                 f"{', '.join(LORA_TARGETS)}"
             )
-        if lora.rank > min(shapes[target]):
-            rows, columns = shapes[target][::-1]
-            raise UserError(
-                f"lora.rank is {lora.rank}, but {target} is a matrix of {rows} x {columns}; choose at most "
-                f"{min(shapes[target])}, or leave the module out of lora.target_modules"
-            )
+    smallest = min(lora.target_modules, key=lambda target: min(shapes[target]))
+    if lora.rank > min(shapes[smallest]):
+        rows, columns = shapes[smallest][::-1]
+        raise UserError(
+            f"lora.rank is {lora.rank}, but {smallest} is a matrix of {rows} x {columns}; choose at most "
+            f"{min(shapes[smallest])}, or leave the module out of lora.target_modules"
+        )

@@ -119,12 +119,13 @@ def check_eval(config: RunConfig, has_eval: bool) -> None:
     needing = {
         "eval.early_stopping_patience": section.early_stopping_patience,
         "checkpoint.keep_best": config.checkpoint.keep_best,
+        "eval.prompts": section.prompts,
         "export.verify": config.export.verify and config.lora,
     }
     for name in (name for name, wanted in needing.items() if wanted):
         if not has_eval:
             raise UserError(f"{name} needs held-out examples; name some in data.eval, or set data.eval_fraction")
-        if name != "export.verify" and not section.every:
+        if name not in ("eval.prompts", "export.verify") and not section.every:
             raise UserError(f"{name} needs evaluations while training goes on, and eval.every is 0; set eval.every")
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from gemma_xla.config import EvalSection
-from gemma_xla.data.examples import ExampleEncoder
+from gemma_xla.data.chat import prompt_tokens
 from gemma_xla.data.loader import EvalLoader
-from gemma_xla.data.sources import Source
 from gemma_xla.errors import UserError
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.sharding import INPUT_SPEC
@@ -43,17 +42,14 @@ class Evaluator:
         self._run, self._model, self._backend = run, model, run.backend
         self._share, self._stopped = share, stopped
         self._section: EvalSection = run.config.eval
-        chats = [source for source in run.corpus.train_sources if source.format == "messages"]
-        self._chats = bool(chats)
-        self._prompts = [self._prompt_tokens(prompt) for prompt in self._section.prompts]
+        chats = any(source.format == "messages" for source in run.corpus.train_sources)
+        self._prompts = [prompt_tokens(run.tokenizer, prompt, chats) for prompt in self._section.prompts]
         limit = run.model_config.max_position_embeddings
         for number, tokens in enumerate(self._prompts):
             if len(tokens) >= limit:
                 raise UserError(
                     f"eval.prompts[{number}] has {len(tokens)} tokens and the model {limit} positions; shorten it"
                 )
-        # And what the template ends an answer with.
-        self._end_tokens = {run.tokenizer.eos_token_id, *(_last_token(run, source) for source in chats)}
 
     def figures(self) -> dict[str, float] | None:
         """Return ``eval_loss``, in nats per token, and ``eval_accuracy``; None if broken off."""
@@ -96,22 +92,12 @@ class Evaluator:
                 if len(ended) == rows:
                     break
                 for row, token in enumerate(self._next_tokens(done, length)):
-                    if row not in ended and token not in self._end_tokens and len(done[row]) < length:
+                    if row not in ended and token not in self._run.end_tokens and len(done[row]) < length:
                         done[row].append(token)
                     else:
                         ended.add(row)
         new = (ids[len(prompt) :] for prompt, ids in zip(self._prompts, done, strict=False))
         return [self._run.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
-
-    def _prompt_tokens(self, prompt: str) -> list[int]:
-        """What a prompt is in training: a user's turn and the beginning of an answer, or just the prompt."""
-        tokenizer = self._run.tokenizer
-        if not self._chats:
-            return tokenizer(prompt)["input_ids"]
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens if tokens[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *tokens]
 
     def _next_tokens(self, done: list[list[int]], length: int) -> list[int]:
         mine = [done[row] for row in self._share(len(done))]
@@ -141,12 +127,6 @@ class Evaluator:
                 yield
         finally:
             self._model.train()
-
-
-def _last_token(run: Run, source: Source) -> int:
-    """The last token that is learnt of a source's first example."""
-    example = ExampleEncoder(run.tokenizer, source, run.config.data).whole(next(source.texts()))
-    return int(example.tokens[example.trained][-1])
 
 
 def best(records: list[Record]) -> Record | None:

@@ -55,7 +55,8 @@ def export_run(
             return _export_adapter(opened, out, name, dtype=dtype or "float32", overwrite=overwrite)
         found, card = opened.weights(), _card(opened, name)
     options = {"dtype": dtype or "bfloat16", "max_shard_size": max_shard_size, "overwrite": overwrite}
-    return hf.export(found.reader, found.config, out, tokenizer=found.tokenizer, card=card, **options)
+    given = {"tokenizer": found.tokenizer, "card": card, "end_tokens": found.end_tokens}
+    return hf.export(found.reader, found.config, out, **given, **options)
 
 
 def best_step(folder: Path) -> tuple[int, float]:
@@ -90,7 +91,14 @@ def _export_adapter(checkpoint: Checkpoint, out: Path, name: str | None, **optio
     base, lora = base_name(checkpoint.config.model.init_from, lora=True), checkpoint.config.lora
     card = _card(checkpoint, name, lora=lora)
     return hf.export_adapter(
-        checkpoint.reader, lora, out, base_model=base, tokenizer=checkpoint.run / "tokenizer", card=card, **options
+        checkpoint.reader,
+        lora,
+        out,
+        base_model=base,
+        tokenizer=checkpoint.run / "tokenizer",
+        card=card,
+        end_tokens=checkpoint.end_tokens,
+        **options,
     )
 
 

@@ -164,6 +164,7 @@ def summary(records: list[dict[str, float]]) -> dict[str, float]:
     result = {"steps": last["step"], "tokens": last["tokens"], "loss": last["loss"]}
     if evaluations:
         result |= {name: value for name, value in evaluations[-1].items() if name != "step"}
+        result["lowest_eval_loss"] = min(r["eval_loss"] for r in evaluations)
     for name in ("step_time", "tokens_per_second_per_chip", "mfu", "mfu_full_square"):
         result[name] = statistics.median(r[name] for r in steady)
     return {**result, "dollars": last["dollars"], "compilations": last["compilations"]}

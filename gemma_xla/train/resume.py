@@ -52,16 +52,16 @@ def check_changes(folder: Path, saved: dict[str, Any], now: dict[str, Any], acce
             f"checkpoint {folder}: the run's tokenizer is not the one it was trained with; put back the folder "
             "tokenizer/ of the run, or choose another output_dir"
         )
-    if saved.get("base") != now["base"]:
-        raise UserError(
-            f"checkpoint {folder}: model.init_from no longer holds the weights that its adapter was trained beside; "
-            "bring them back, or choose another output_dir"
-        )
     different = _differences(_deciding(saved), _deciding(now))
     if refused := {key: text for key, text in different.items() if key not in accepted}:
         raise UserError(
             f"checkpoint {folder}: the config has changed in what decides the results: {', '.join(refused.values())}; "
             f"set it back, choose another output_dir, or set checkpoint.accept_changes=[{', '.join(refused)}]"
+        )
+    if saved.get("base") != now["base"]:
+        raise UserError(
+            f"checkpoint {folder}: model.init_from no longer holds the weights that its adapter was trained beside; "
+            "bring them back, or choose another output_dir"
         )
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import platform
-import sys
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,8 @@ from gemma_xla.config import RunConfig
 from gemma_xla.config_file import dump_config
 from gemma_xla.data.chat import set_chat_template, write_chat_template
 from gemma_xla.data.documents import Corpus
-from gemma_xla.data.survey import steps_per_epoch, survey
+from gemma_xla.data.examples import end_tokens
+from gemma_xla.data.survey import steps_of_epochs, survey
 from gemma_xla.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter, num_parameters
@@ -30,13 +27,12 @@ from gemma_xla.model.config import GemmaConfig, preset
 from gemma_xla.model.lora import check_lora
 from gemma_xla.storage import reason
 from gemma_xla.train import checks
+from gemma_xla.train.environment import environment, loggable, versions
 from gemma_xla.train.folder import RunFolder
 from gemma_xla.train.memory import memory
-from gemma_xla.train.resume import check_changes, flatten, tokenizer_fingerprint
+from gemma_xla.train.resume import check_changes, tokenizer_fingerprint
 from gemma_xla.weights import Weights, fingerprint, open_weights, resolve_base
 from gemma_xla.xla import open_backend
-
-_PACKAGES = ("gemma_xla", "torch", "torch_xla", "transformers", "datasets", "accelerate", "safetensors")
 
 
 class Run:
@@ -88,6 +84,16 @@ class Run:
             check_changes(folder, state, self.state(), config.checkpoint.accept_changes)
         self.weights = self._init_weights()
 
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """What ends the model's answers."""
+        return end_tokens(self.tokenizer, self.corpus.train_sources, self.config.data)
+
+    @cached_property
+    def _base(self) -> str | None:
+        """What an adapter's checkpoint knows its base by again."""
+        return fingerprint(self.init.reader) if self.config.lora else None
+
     @property
     def is_main(self) -> bool:
         """Whether this host reports and writes what all share."""
@@ -106,11 +112,11 @@ class Run:
                 write_chat_template(self.tokenizer, self.folder.tokenizer)
             for damaged in self.newest.damaged if self.newest else []:
                 self.say(f"{damaged} is now called {checkpoint.set_aside(damaged).name}")
-            self.folder.describe(dump_config(self.config), self._environment())
+            self.folder.describe(dump_config(self.config), environment(self.backend))
             self.say("\n".join(filter(None, [self.survey.describe(), f"Memory per device: {self.memory}"])))
             self.folder.publish()
             if self.config.log.trackers:
-                self.accelerator.init_trackers("tensorboard", config=_loggable(self.config.model_dump()))
+                self.accelerator.init_trackers("tensorboard", config=loggable(self.config.model_dump()))
         self.backend.barrier()
         if not self.folder.config.exists():
             raise UserError(
@@ -134,8 +140,9 @@ class Run:
             "model": dataclasses.asdict(self.model_config),
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "base": fingerprint(self.init.reader) if self.config.lora else None,
-            "versions": _versions(),
+            "base": self._base,
+            "end_tokens": self.end_tokens,
+            "versions": versions(),
         }
 
     def say(self, text: str) -> None:
@@ -216,7 +223,7 @@ class Run:
         train = self.config.train
         if train.steps is not None:
             return self.config
-        steps = math.ceil(train.epochs * steps_per_epoch(self.corpus, self.survey, rows))
+        steps = max(1, steps_of_epochs(self.corpus, self.survey, rows, train.epochs))
         return self.config.model_copy(update={"train": train.model_copy(update={"steps": steps})})
 
     def _check_folder(self) -> None:
@@ -266,32 +273,3 @@ class Run:
             tokenizer = load_tokenizer(self.folder.tokenizer)
         check_tokenizer(tokenizer, self.model_config)
         return tokenizer
-
-    def _environment(self) -> dict[str, Any]:
-        return {
-            "command": sys.argv,
-            "python": sys.version,
-            "platform": platform.platform(),
-            "backend": self.backend.name,
-            "device": self.backend.device_kind,
-            "devices": self.backend.mesh.num_devices,
-            "hosts": self.backend.process_count,
-            "mesh": dataclasses.asdict(self.backend.mesh),
-            "versions": _versions(),
-        }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _loggable(tree: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names to values that TensorBoard can store."""
-    plain = int, float, str, bool
-    return {key: value if isinstance(value, plain) else json.dumps(value) for key, value in flatten(tree).items()}
