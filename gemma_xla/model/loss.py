@@ -81,14 +81,21 @@ def _chunks(h_BTD, labels_BT, chunk):
 def _nll(logits_BCV, labels_BC, with_grad: bool = False):
     """The chunk's summed loss and, when asked for, its gradient with respect to the logits, both float32.
 
-    The gradient's rows of positions that are not counted hold anything.
+    The gradient's rows of positions that are not counted hold anything. Elsewhere than on XLA, which fuses what comes
+    one after the other, it takes the place of the probabilities.
     """
-    log_probs_BCV = torch.log_softmax(logits_BCV.float(), dim=-1)
-    nll = -torch.where(labels_BC != IGNORE_INDEX, _picked(log_probs_BCV, labels_BC), 0.0).sum()
+    logits_BCV = logits_BCV.float()
+    counted_BC = labels_BC != IGNORE_INDEX
+    if logits_BCV.device.type == "xla":
+        lse_BC = torch.logsumexp(logits_BCV, dim=-1)
+        nll = torch.where(counted_BC, lse_BC - _picked(logits_BCV, labels_BC), 0.0).sum()
+        if not with_grad:
+            return nll, None
+        return nll, torch.exp(logits_BCV - lse_BC[..., None]) - _is_label(logits_BCV, labels_BC).float()
+    log_probs_BCV = torch.log_softmax(logits_BCV, dim=-1)
+    nll = -torch.where(counted_BC, _picked(log_probs_BCV, labels_BC), 0.0).sum()
     if not with_grad:
         return nll, None
-    if log_probs_BCV.device.type == "xla":
-        return nll, log_probs_BCV.exp() - _is_label(log_probs_BCV, labels_BC).float()
     place_BC1 = _place(labels_BC)
     minus_one_BC1 = torch.full_like(place_BC1, -1.0, dtype=torch.float32)
     return nll, log_probs_BCV.exp_().scatter_add_(-1, place_BC1, minus_one_BC1)
