@@ -197,7 +197,9 @@ def test_the_best_checkpoint_is_kept_and_exported(given, tiny_config, tmp_path, 
     kept = [int(folder.name[5:]) for folder in complete(tmp_path / "run" / "checkpoints")]
     assert kept == sorted({lowest["step"], 24})
     assert lowest["step"] < 24
-    assert f"Exporting step {lowest['step']}, which has the lowest held-out loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Exporting step {lowest['step']}, which has the lowest held-out loss: " in said
+    assert "(no better than before training)" in said
 
 
 def test_training_stops_when_it_no_longer_helps_and_stays_stopped(given, tiny_config, tmp_path, capsys):

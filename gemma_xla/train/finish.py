@@ -69,7 +69,9 @@ def _export(run: Run) -> dict[str, Path]:
     step = None
     if config.checkpoint.keep_best and run.corpus.has_eval:
         step, loss = best_step(folder.path)
-        run.say(f"\nExporting step {step}, which has the lowest held-out loss: {loss:.4f}")
+        before = [r["eval_loss"] for r in read_metrics(folder.metrics) if r["step"] == 0 and "eval_loss" in r]
+        worse = " (no better than before training)" if before and loss >= before[0] else ""
+        run.say(f"\nExporting step {step}, which has the lowest held-out loss: {loss:.4f}{worse}")
     which = {"checkpoint": "last" if step is None else str(step), "overwrite": True, "name": section.push_to_hub}
     base, adapter = folder.export, None
     made = {}
