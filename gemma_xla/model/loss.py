@@ -87,7 +87,9 @@ def _nll(logits_BCV, labels_BC, with_grad: bool = False):
     logits_BCV = logits_BCV.float()
     counted_BC = labels_BC != IGNORE_INDEX
     if logits_BCV.device.type == "xla":
-        lse_BC = torch.logsumexp(logits_BCV, dim=-1)
+        # The largest goes first: beside a logit of some hundreds the rounding of the sum's logarithm would show.
+        logits_BCV = logits_BCV - logits_BCV.amax(-1, keepdim=True)
+        lse_BC = torch.exp(logits_BCV).sum(-1).log()
         nll = torch.where(counted_BC, lse_BC - _picked(logits_BCV, labels_BC), 0.0).sum()
         if not with_grad:
             return nll, None
