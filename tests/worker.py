@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from gemma_xla import xla
 from gemma_xla.config import LoraSection, MeshSection, OptimizerSection, TrainSection
 from gemma_xla.hf import HfReader
 from gemma_xla.model.config import GemmaConfig, preset
@@ -21,6 +20,7 @@ from gemma_xla.train.build import adapted, build_model, initial, stored
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
 from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.step import Batch, TrainStep, summed_loss
+from gemma_xla.xla import open_backend
 
 DEFAULTS: dict[str, Any] = {
     "devices": 0,
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "sizes": None,
     # A Hugging Face folder to start from, and the most elements of its tensors that the host makes float32.
     "from": None,
-    "wide": xla.WIDE,
+    "wide": None,
     # The config's section, to train adapters beside those weights.
     "lora": None,
 }
@@ -67,8 +67,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     config = preset("gemma-test").replace(**spec["model"])
     data, fsdp, tensor = spec["mesh"]
     section = MeshSection(data=data, fsdp=fsdp, tensor=tensor, virtual_devices=spec["devices"] or None)
-    xla.WIDE = spec["wide"]
-    backend = xla.open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
+    backend = open_backend(section, use_xla=spec["devices"] > 0, device=torch.device("cpu"))
+    if spec["wide"] is not None:
+        sys.modules[type(backend).__module__].WIDE = spec["wide"]
     make = stored(HfReader(spec["from"]), backend) if spec["from"] else initial(config, backend, 0)
     lora = LoraSection(**spec["lora"]) if spec["lora"] else None
     if lora:

@@ -1,8 +1,4 @@
-"""The seam: the only module that imports torch_xla. A move to its successor touches this file alone.
-
-One process drives all the devices of its host (SPMD): tensors look whole, and the compiler splits the work as their
-sharding says (GSPMD, arXiv:2105.04663).
-"""
+"""Devices through PyTorch/XLA."""
 
 from __future__ import annotations
 
@@ -15,47 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
 from torch import nn
 
 from gemma_xla.backend import Backend, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
-from gemma_xla.model.attention import Mask
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
+from gemma_xla.xla.graph import Constrain, scan_layers
 
 # The most elements of a tensor that a host makes wider by itself.
 WIDE = 2**27
-
-
-def configure_environment(virtual_devices: int | None) -> None:
-    """Prepare the environment that torch_xla reads when it is first used; call this before it is imported."""
-    # Errors only: the compiler warns of its own deprecations once for every graph. 1 is what torch_xla sets by itself,
-    # and a launcher that has imported it hands that down.
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in (None, "1"):
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    if virtual_devices is None:
-        return
-    os.environ["PJRT_DEVICE"] = "CPU"
-    os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
-
-
-def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | None = None) -> Backend:
-    """Return the backend of this machine.
-
-    Args:
-        section: the config's ``mesh``.
-        use_xla: whether to run through PyTorch/XLA.
-        device: the device of a run without it; None: that which accelerate chooses for this process.
-
-    Raises:
-        UserError: the mesh does not fit the devices.
-    """
-    if use_xla:
-        return XlaBackend(section)
-    # It loads accelerate, which takes seconds.
-    from gemma_xla.distributed import open_torch
-
-    return open_torch(section, device)
 
 
 class XlaBackend(Backend):
@@ -65,14 +35,6 @@ class XlaBackend(Backend):
     attention = "reference"
 
     def __init__(self, section: MeshSection) -> None:
-        configure_environment(section.virtual_devices)
-        global torch_xla, xm, xr, xs, met
-        import torch_xla
-        import torch_xla.core.xla_model as xm
-        import torch_xla.debug.metrics as met
-        import torch_xla.distributed.spmd as xs
-        import torch_xla.runtime as xr
-
         xr.use_spmd()
         num_devices = xr.global_runtime_device_count()
         if section.virtual_devices not in (None, num_devices):
@@ -99,7 +61,7 @@ class XlaBackend(Backend):
             if self.mesh.tensor > 1:
                 # A host's rows are dealt out to all of its devices, whatever their place on the tensor axis.
                 raise UserError(f"mesh.tensor is {self.mesh.tensor}; with several hosts it must be 1")
-            import torch_xla.distributed.xla_backend  # noqa: F401 (registers the address "xla://")
+            from torch_xla.distributed import xla_backend  # noqa: F401 (registers the address "xla://")
 
             torch.distributed.init_process_group("gloo", init_method="xla://")
 
@@ -155,7 +117,7 @@ class XlaBackend(Backend):
     def constrain(self, tensor: torch.Tensor, forward: Spec, backward: Spec) -> torch.Tensor:
         if self.mesh.num_devices == 1:
             return tensor
-        return _Constrain.apply(tensor, repr(forward), repr(backward))
+        return Constrain.apply(tensor, repr(forward), repr(backward))
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint
@@ -163,7 +125,7 @@ class XlaBackend(Backend):
         return checkpoint(function, *args, preserve_rng_state=draws)
 
     def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
-        return _scan_layers(layers, h, cos, sin, segment_ids, remat)
+        return scan_layers(layers, h, cos, sin, segment_ids, remat)
 
     def optimizer_options(self) -> dict[str, bool]:
         # The step count lives on the device: bias correction is part of the graph, not a new constant in each step.
@@ -241,58 +203,3 @@ def result_when_ready(tensor: torch.Tensor) -> Callable[[], tuple[list[float], f
         return tensor.tolist(), at[0]
 
     return wait
-
-
-@torch.library.custom_op("gemma_xla::constrain", mutates_args=())
-def _constrain(tensor: torch.Tensor, spec: str) -> torch.Tensor:
-    """A copy of ``tensor`` split as ``spec`` (the repr of a spec) says; an operator so that a scan can trace it."""
-    import ast
-
-    # `clone` would keep an annotation the tensor already has, which cannot be replaced.
-    copy = tensor * 1
-    torch_xla._XLAC._xla_mark_sharding(copy, xs.get_global_mesh().get_op_sharding(ast.literal_eval(spec)))
-    return copy
-
-
-@_constrain.register_fake
-def _(tensor: torch.Tensor, spec: str) -> torch.Tensor:
-    return torch.empty_like(tensor)
-
-
-class _Constrain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, forward, backward):
-        ctx.backward_spec = backward
-        return _constrain(tensor, forward)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _constrain(grad, ctx.backward_spec), None, None
-
-
-def _scan_layers(layers: nn.ModuleList, h, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
-    """One traced layer inside XLA's `While`, fed with the stacked parameters of all layers."""
-    import torch._functorch.config as functorch_config
-    import torch_xla.experimental.scan as scan_module
-    from functorch.compile import default_partition, min_cut_rematerialization_partition
-
-    # It would import jax and flax only to give gradients the sharding of parameters, which `constrain` already does.
-    scan_module.shard_as = lambda a, b: (a, b)
-    template = layers[0]
-    names = [name for name, _ in template.named_parameters()]
-    per_layer = [dict(layer.named_parameters()) for layer in layers]
-    stacked = tuple(torch.stack([parameters[name] for parameters in per_layer]) for name in names)
-
-    def one_layer(carry, weights):
-        h, cos, sin, *segments = carry
-        args = (h, cos, sin, Mask(*segments))
-        h = torch.func.functional_call(template, dict(zip(names, weights, strict=True)), args)
-        return (h, cos.clone(), sin.clone(), *(s.clone() for s in segments)), None
-
-    # What is carried must be able to have a gradient; a float32 holds every segment id exactly.
-    segments = () if segment_ids is None else (segment_ids.float(),)
-    partition = min_cut_rematerialization_partition if remat else default_partition
-    # A budget of zero: nothing but the layer's inputs is kept for the backward pass.
-    with functorch_config.patch(activation_memory_budget=0.0 if remat else 1.0):
-        (h, *_), _ = scan_module.scan(one_layer, (h, cos, sin, *segments), stacked, partition_fn=partition)
-    return h

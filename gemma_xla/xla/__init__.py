@@ -1,0 +1,49 @@
+"""The seam: the only package that imports torch_xla. A move to its successor touches these few files alone.
+
+One process drives all the devices of its host (SPMD): tensors look whole, and the compiler splits the work as their
+sharding says (GSPMD, arXiv:2105.04663).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gemma_xla.backend import Backend
+from gemma_xla.config import MeshSection
+
+
+def configure_environment(virtual_devices: int | None) -> None:
+    """Prepare the environment that torch_xla reads when it is first used; call this before it is imported."""
+    # Errors only: the compiler warns of its own deprecations once for every graph. 1 is what torch_xla sets by itself,
+    # and a launcher that has imported it hands that down.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in (None, "1"):
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    if virtual_devices is None:
+        return
+    os.environ["PJRT_DEVICE"] = "CPU"
+    os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
+
+
+def open_backend(section: MeshSection, *, use_xla: bool, device: torch.device | None = None) -> Backend:
+    """Return the backend of this machine.
+
+    Args:
+        section: the config's ``mesh``.
+        use_xla: whether to run through PyTorch/XLA.
+        device: the device of a run without it; None: that which accelerate chooses for this process.
+
+    Raises:
+        UserError: the mesh does not fit the devices.
+    """
+    if use_xla:
+        configure_environment(section.virtual_devices)
+        # It loads torch_xla, which takes seconds and reads the environment.
+        from gemma_xla.xla.backend import XlaBackend
+
+        return XlaBackend(section)
+    # It loads accelerate, which takes seconds.
+    from gemma_xla.distributed import open_torch
+
+    return open_torch(section, device)
