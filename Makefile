@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help pretrain finetune test test-xla test-slow soak lint clean
+.PHONY: help pretrain finetune test test-xla test-aot test-slow soak lint clean
 help:
 	@echo "make pretrain   train a small Gemma on Python's standard library, on four simulated devices (about 6 minutes)"
 	@echo "make finetune   teach that model to write docstrings, with LoRA (about 3 minutes, and 6 if it is not there yet)"
 	@echo "make test       run the default tests (about 5 minutes)"
 	@echo "make test-xla   run the tests on several simulated devices"
+	@echo "make test-aot   run the tests that drive the TPU compiler (no TPU needed)"
 	@echo "make test-slow  run the tests of large shapes and whole runs"
 	@echo "make soak       interrupt an hour of the quickstart in every way and compare the outcome (2.5 hours)"
 	@echo "make lint       check style"
@@ -26,6 +27,9 @@ test: $(READY)
 
 test-xla: $(READY)
 	$(BIN)/python -m pytest -m xla
+
+test-aot: $(READY)
+	$(BIN)/python -m pytest -m aot
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -31,6 +31,8 @@ class Backend:
     attention = "sdpa"
     process_index = 0
     process_count = 1
+    # Parts of a batch that lie on devices of their own while its tensors look whole.
+    batch_parts = 1
 
     def __init__(self, device: torch.device, batch_shards: int = 1) -> None:
         """

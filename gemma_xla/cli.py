@@ -14,15 +14,15 @@ from gemma_xla import interrupts
 from gemma_xla.config import RunConfig
 from gemma_xla.config_file import load_config
 from gemma_xla.errors import UserError
+from gemma_xla.plan import command as plan_command
 from gemma_xla.storage import location
-from gemma_xla.xla import configure_environment
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run `gemma-xla`."""
     parser = argparse.ArgumentParser(prog="gemma-xla", description="Tools around Gemma training with PyTorch/XLA.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for add in (_add_export, _add_generate, _add_preview, _add_flops, _add_chips):
+    for add in (plan_command.add, _add_export, _add_generate, _add_preview, _add_flops, _add_chips):
         add(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -57,6 +57,8 @@ def recipe(
                 f"config {args.config}: model.init_from is missing; name the model to fine-tune: a Hugging Face folder "
                 "or hub id, or a run"
             )
+        from gemma_xla.xla import configure_environment  # it loads PyTorch, which some verbs do without
+
         configure_environment(config.mesh.virtual_devices)
         with contextlib.redirect_stdout(_Lossy(sys.stdout)), contextlib.redirect_stderr(_Lossy(sys.stderr)):
             run(config)

@@ -214,6 +214,8 @@ class HardwareSection(Section):
 
     # A name from `gemma-xla chips`; "auto": the chip that is there.
     chip: str = "auto"
+    # The TPU slice that `gemma-xla plan` plans for, such as v5e-256; several side by side: 2xv5e-256.
+    topology: Text | None = None
     # Dollars per chip-hour; when absent, the catalogue's list price.
     price: NonNegativeFloat | None = None
 

@@ -24,6 +24,7 @@ from gemma_xla.errors import UserError, nearest
 from gemma_xla.model.config import LORA_TARGETS
 
 if TYPE_CHECKING:
+    from gemma_xla.config import LoraSection
     from gemma_xla.model.config import GemmaConfig
 
 _UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
@@ -63,6 +64,11 @@ class FlopCounter:
             if name not in LORA_TARGETS:
                 hint = nearest(name, LORA_TARGETS)
                 raise UserError(f"lora_targets: no module {name!r}{hint}; there are {', '.join(LORA_TARGETS)}")
+
+    @classmethod
+    def of_run(cls, model: GemmaConfig, seq_len: int, lora: LoraSection | None) -> FlopCounter:
+        """The counter of a run whose config has this section ``lora``."""
+        return cls(model, seq_len) if lora is None else cls(model, seq_len, lora.rank, tuple(lora.target_modules))
 
     def terms(self, causal: bool = True) -> list[Term]:
         """Return what each kind of matmul costs per sequence."""

@@ -38,8 +38,8 @@ def handled() -> Iterator[None]:
     global _received
     _received = None
     # `accelerate launch` does not pass signals on; when it is ended, its child must not be left behind.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        end_with_parent(signal.SIGTERM)
     with _watched():
         before = {number: signal.signal(number, _handle) for number in _EXIT_CODES}
         try:
@@ -48,6 +48,12 @@ def handled() -> Iterator[None]:
             for number, handler in before.items():
                 # The process is about to end: no traceback if another one comes.
                 signal.signal(number, handler if _received is None else _end)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel (Linux) send this process a signal when the one that started it ends, however that comes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _end(number: int, _frame: object) -> None:

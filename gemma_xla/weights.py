@@ -157,6 +157,17 @@ def resolve_base(init_from: str, lora: bool) -> Path:
     return folder
 
 
+def read_architecture(init_from: str, lora: bool) -> GemmaConfig:
+    """The architecture of what training starts from; of a model on the hub nothing but its config is fetched.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if is_run(location(init_from)) or location(init_from).is_dir():
+        return open_weights(resolve_base(init_from, lora)).config
+    return hf.read_config(hf.resolve(init_from, weights=False))
+
+
 def base_name(init_from: str, lora: bool) -> str:
     """What a model or an adapter calls its base: the hub id, or the folder's full path."""
     folder = location(init_from)

@@ -29,6 +29,9 @@ PUBLISHED = {
     "h100": (989.4, 1978.9, 80, 3350, 450, 11.06),
     "h200": (989.4, 1978.9, 141, 4800, 450, 10.84),
 }
+# name: GB/s per chip between slices, FLOP in a cycle of all its matrix units
+TPUS = {"v5e": (3.125, 2**17), "v5p": (6.25, 2**18), "v6e": (12.5, 2**19)}
+TPU_ONLY = ("dcn_bandwidth", "clock")
 
 
 def test_catalogue_holds_the_published_values():
@@ -49,12 +52,19 @@ def test_every_figure_names_its_source_and_date(name):
     chip = CHIPS[name]
     for field in dataclasses.fields(chip):
         figure = getattr(chip, field.name)
-        if field.name == "name":
+        if field.name == "name" or (field.name in TPU_ONLY and name not in TPUS):
             continue
         assert isinstance(figure, Sourced)
         assert figure.value > 0
         assert len(figure.source) > 20
         assert re.fullmatch(r"20\d\d-\d\d", figure.date)
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_what_only_tpus_have(name):
+    dcn_bandwidth, flops_per_cycle = TPUS[name]
+    assert CHIPS[name].dcn_bandwidth.value == dcn_bandwidth * 1e9
+    assert CHIPS[name].clock.value * flops_per_cycle == pytest.approx(CHIPS[name].peak_flops.value, rel=0.003)
 
 
 def test_int8_runs_at_twice_bf16():

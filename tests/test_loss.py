@@ -24,9 +24,9 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     return h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
 
-def chunked(h, weight, labels, chunk: int, factor: float = 1.0):
+def chunked(h, weight, labels, chunk: int, factor: float = 1.0, parts: int = 1):
     """Loss and gradients of ``factor`` times the loss."""
-    loss = chunked_cross_entropy(h, weight, labels, chunk)
+    loss = chunked_cross_entropy(h, weight, labels, chunk, parts)
     return loss, *torch.autograd.grad(factor * loss, (h, weight))
 
 
@@ -47,6 +47,10 @@ def test_equals_plain_cross_entropy_for_any_chunk(chunk):
     assert actual[0].dtype == torch.float32
     assert actual[0].shape == ()
     assert_same(actual, plain(*inputs()))
+
+
+def test_parts_of_a_batch_add_up():
+    assert_same(chunked(*inputs(), 4, parts=2), plain(*inputs()))
 
 
 def test_equals_plain_cross_entropy_of_float64():

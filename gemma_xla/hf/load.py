@@ -24,13 +24,16 @@ _WANTED = [
 ]
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, weights: bool = True) -> Path:
     """Return a folder, local or a URL, as it is; fetch a Hugging Face model id, or take it from the cache when offline.
+
+    Args:
+        weights: whether more of it is needed than its config.
 
     Raises:
         UserError: there is no such folder, or the model cannot be fetched.
     """
-    return _resolve(name_or_path, _WANTED)
+    return _resolve(name_or_path, _WANTED if weights else ["config.json"])
 
 
 def copy_tokenizer(name_or_path: str | Path, out: Path) -> None:

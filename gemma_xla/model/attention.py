@@ -42,7 +42,8 @@ class Mask:
         return self._dense[num_keys, window]
 
     def _build(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-        k_index_S = torch.arange(num_keys, device=device)
+        # In 32 bits: a TPU has no more.
+        k_index_S = torch.arange(num_keys, dtype=torch.int32, device=device)
         q_index_T = k_index_S if self.q_index_T is None else self.q_index_T
         distance_TS = q_index_T[:, None] - k_index_S[None, :]
         visible_TS = distance_TS >= 0

@@ -73,6 +73,7 @@ class Gemma(nn.Module):
         shift_labels: torch.Tensor | None = None,
         *,
         loss_chunk: int = 512,
+        loss_parts: int = 1,
         count_hits: bool = False,
         logits_at: torch.Tensor | None = None,
         mask: Mask | None = None,
@@ -88,6 +89,7 @@ class Gemma(nn.Module):
             shift_labels: the token that follows each position, ``[B, T]``, -100 where none is to be learnt. The result
                 is then the sum of the cross entropy over all others, a float32 scalar.
             loss_chunk: positions per row whose logits exist at one time (with labels only).
+            loss_parts: equal parts of the batch on devices of their own (see `chunked_cross_entropy`).
             count_hits: with labels: return also how many of them are the likeliest token, ``[2]`` in all.
             logits_at: one position of each row, ``[B, T]`` with a single one among zeros; only its logits are
                 returned, ``[B, V]``.
@@ -99,8 +101,9 @@ class Gemma(nn.Module):
         h_BTD = self.model(input_ids, position_ids, mask or Mask(segment_ids), cache)
         weight_VD = self.model.embed_tokens.weight
         if shift_labels is not None:
-            compute = loss_and_hits if count_hits else chunked_cross_entropy
-            return compute(h_BTD, weight_VD, shift_labels, loss_chunk)
+            if count_hits:
+                return loss_and_hits(h_BTD, weight_VD, shift_labels, loss_chunk)
+            return chunked_cross_entropy(h_BTD, weight_VD, shift_labels, loss_chunk, loss_parts)
         if logits_at is not None:
             h_BTD = (h_BTD * logits_at[..., None]).sum(1).to(h_BTD.dtype)
         return F.linear(h_BTD, weight_VD)

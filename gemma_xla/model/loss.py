@@ -3,7 +3,7 @@
 For Gemma, one row of 8192 positions has 8.4 GB of float32 logits. Here the logits of a few hundred positions exist at a
 time, and their gradient is taken at once, while they are there: nothing of size ``[B, T, V]`` is kept or recomputed.
 
-Shape letters: B batch rows, T positions, C positions in a chunk, D hidden_size, V vocab_size.
+Shape letters: B batch rows, P parts of them, T positions, C positions in a chunk, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ IGNORE_INDEX = -100
 
 
 def chunked_cross_entropy(
-    h_BTD: torch.Tensor, weight_VD: torch.Tensor, shift_labels_BT: torch.Tensor, chunk: int = 512
+    h_BTD: torch.Tensor, weight_VD: torch.Tensor, shift_labels_BT: torch.Tensor, chunk: int = 512, parts: int = 1
 ) -> torch.Tensor:
     """Sum over positions of ``-log softmax(h @ weight.T)[label]``, a float32 scalar.
 
@@ -23,43 +23,46 @@ def chunked_cross_entropy(
         weight_VD: the output embedding.
         shift_labels_BT: the token that follows each position (already shifted); -100: not counted.
         chunk: positions per row whose logits exist at one time.
+        parts: equal parts of the batch that lie on devices of their own, though the tensors look whole. The gradient
+            of the output embedding is added up in each of them, and over them once.
     """
     if torch.is_grad_enabled() and (h_BTD.requires_grad or weight_VD.requires_grad):
-        return _ChunkedCrossEntropy.apply(h_BTD, weight_VD, shift_labels_BT, chunk)
-    parts = _chunks(h_BTD, shift_labels_BT, chunk)
-    return sum(_nll(h_BCD @ weight_VD.T, labels_BC)[0] for h_BCD, labels_BC in parts)
+        return _ChunkedCrossEntropy.apply(h_BTD, weight_VD, shift_labels_BT, chunk, parts)
+    chunks, ids_V = _chunks(h_BTD, shift_labels_BT, chunk), _ids(weight_VD)
+    return sum(_nll(h_BCD @ weight_VD.T, labels_BC, ids_V)[0] for h_BCD, labels_BC in chunks)
 
 
 def loss_and_hits(
     h_BTD: torch.Tensor, weight_VD: torch.Tensor, shift_labels_BT: torch.Tensor, chunk: int = 512
 ) -> torch.Tensor:
     """`chunked_cross_entropy`, and how many labels are the likeliest token: ``[2]``, float32. For evaluation."""
-    total = torch.zeros(2, device=h_BTD.device)
+    total, ids_V = torch.zeros(2, device=h_BTD.device), _ids(weight_VD)
     for h_BCD, labels_BC in _chunks(h_BTD, shift_labels_BT, chunk):
         logits_BCV = (h_BCD @ weight_VD.T).float()
-        nll, _ = _nll(logits_BCV, labels_BC)
-        hit_BC = (_picked(logits_BCV, labels_BC) == logits_BCV.amax(-1)) & (labels_BC != IGNORE_INDEX)
+        nll, _ = _nll(logits_BCV, labels_BC, ids_V)
+        hit_BC = (_picked(logits_BCV, labels_BC, ids_V) == logits_BCV.amax(-1)) & (labels_BC != IGNORE_INDEX)
         total = total + torch.stack([nll, hit_BC.sum().float()])
     return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_BTD, weight_VD, shift_labels_BT, chunk):
+    def forward(ctx, h_BTD, weight_VD, shift_labels_BT, chunk, parts):
         total = torch.zeros((), dtype=torch.float32, device=h_BTD.device)
         # Each chunk adds to every entry: bfloat16 would lose the small ones.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_h = []
+        grad_weight_PVD = 0.0 if ctx.needs_input_grad[1] else None
+        grad_h, ids_V = [], _ids(weight_VD)
         for h_BCD, labels_BC in _chunks(h_BTD, shift_labels_BT, chunk):
-            nll, grad_logits_BCV = _nll(h_BCD @ weight_VD.T, labels_BC, with_grad=True)
+            nll, grad_logits_BCV = _nll(h_BCD @ weight_VD.T, labels_BC, ids_V, with_grad=True)
             total = total + nll
             grad_logits_BCV = grad_logits_BCV.to(h_BTD.dtype)
             # What is not counted is left out where rows are narrow.
             counted_BC1 = (labels_BC != IGNORE_INDEX)[..., None]
             grad_h.append((grad_logits_BCV @ weight_VD) * counted_BC1)
-            if grad_weight_VD is not None:
-                h_BCD = h_BCD * counted_BC1
-                grad_weight_VD = grad_weight_VD + torch.einsum("bcv,bcd->vd", grad_logits_BCV, h_BCD).float()
+            if grad_weight_PVD is not None:
+                apart = ((x.unflatten(0, (parts, -1))) for x in (grad_logits_BCV, h_BCD * counted_BC1))
+                grad_weight_PVD = grad_weight_PVD + torch.einsum("pbcv,pbcd->pvd", *apart).float()
+        grad_weight_VD = None if grad_weight_PVD is None else grad_weight_PVD.sum(0)
         ctx.save_for_backward(torch.cat(grad_h, dim=1), grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -70,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_h_BTD = (grad_h_BTD * grad_output).to(grad_h_BTD.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_output).to(ctx.weight_dtype)
-        return grad_h_BTD, grad_weight_VD, None, None
+        return grad_h_BTD, grad_weight_VD, None, None, None
 
 
 def _chunks(h_BTD, labels_BT, chunk):
@@ -78,7 +81,7 @@ def _chunks(h_BTD, labels_BT, chunk):
     return zip(h_BTD.split(chunk, dim=1), labels_BT.split(chunk, dim=1), strict=True)
 
 
-def _nll(logits_BCV, labels_BC, with_grad: bool = False):
+def _nll(logits_BCV, labels_BC, ids_V, with_grad: bool = False):
     """The chunk's summed loss and, when asked for, its gradient with respect to the logits, both float32.
 
     The gradient's rows of positions that are not counted hold anything. Elsewhere than on XLA, which fuses what comes
@@ -86,16 +89,16 @@ def _nll(logits_BCV, labels_BC, with_grad: bool = False):
     """
     logits_BCV = logits_BCV.float()
     counted_BC = labels_BC != IGNORE_INDEX
-    if logits_BCV.device.type == "xla":
+    if ids_V is not None:
         # The largest goes first: beside a logit of some hundreds the rounding of the sum's logarithm would show.
         logits_BCV = logits_BCV - logits_BCV.amax(-1, keepdim=True)
         lse_BC = torch.exp(logits_BCV).sum(-1).log()
-        nll = torch.where(counted_BC, lse_BC - _picked(logits_BCV, labels_BC), 0.0).sum()
+        nll = torch.where(counted_BC, lse_BC - _picked(logits_BCV, labels_BC, ids_V), 0.0).sum()
         if not with_grad:
             return nll, None
-        return nll, torch.exp(logits_BCV - lse_BC[..., None]) - _is_label(logits_BCV, labels_BC).float()
+        return nll, torch.exp(logits_BCV - lse_BC[..., None]) - _is_label(labels_BC, ids_V).float()
     log_probs_BCV = torch.log_softmax(logits_BCV, dim=-1)
-    nll = -torch.where(counted_BC, _picked(log_probs_BCV, labels_BC), 0.0).sum()
+    nll = -torch.where(counted_BC, _picked(log_probs_BCV, labels_BC, ids_V), 0.0).sum()
     if not with_grad:
         return nll, None
     place_BC1 = _place(labels_BC)
@@ -103,16 +106,23 @@ def _nll(logits_BCV, labels_BC, with_grad: bool = False):
     return nll, log_probs_BCV.exp_().scatter_add_(-1, place_BC1, minus_one_BC1)
 
 
-def _picked(values_BCV, labels_BC):
+def _ids(weight_VD):
+    """All token ids, where labels are found by comparison; made once, since they become a constant of the graph."""
+    if weight_VD.device.type != "xla":
+        return None
+    return torch.arange(weight_VD.shape[0], dtype=torch.int32, device=weight_VD.device)
+
+
+def _picked(values_BCV, labels_BC, ids_V):
     """The entry of each label, ``[B, C]``; anything where there is no label."""
-    if values_BCV.device.type == "xla":
-        return torch.where(_is_label(values_BCV, labels_BC), values_BCV, 0.0).sum(-1)
+    if ids_V is not None:
+        return torch.where(_is_label(labels_BC, ids_V), values_BCV, 0.0).sum(-1)
     return values_BCV.gather(-1, _place(labels_BC))[..., 0]
 
 
-def _is_label(values_BCV, labels_BC):
-    # A comparison instead of gather and scatter: XLA fuses it, and it splits along V.
-    return torch.arange(values_BCV.shape[-1], device=values_BCV.device) == labels_BC[..., None]
+def _is_label(labels_BC, ids_V):
+    # A comparison instead of gather and scatter: XLA fuses it, and it splits along V. In 32 bits: a TPU has no more.
+    return ids_V == labels_BC[..., None].int()
 
 
 def _place(labels_BC):

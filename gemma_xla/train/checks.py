@@ -42,11 +42,17 @@ def check_layers(config: RunConfig, model: GemmaConfig, backend: Backend) -> Non
     Raises:
         UserError: the layers cannot be scanned.
     """
-    if config.train.layers != "scan":
-        return
-    if backend.name != "xla":
+    if config.train.layers == "scan" and backend.name != "xla":
         raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
-    if len({model.window(i) for i in range(model.num_hidden_layers)}) > 1:
+    check_scan(config, model)
+
+
+def check_scan(config: RunConfig, model: GemmaConfig) -> None:
+    """
+    Raises:
+        UserError: the layers are to be scanned, but differ.
+    """
+    if config.train.layers == "scan" and len({model.window(i) for i in range(model.num_hidden_layers)}) > 1:
         raise UserError("train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'")
 
 

@@ -29,7 +29,7 @@ def build_optimizer(
     ]
     optimizer = torch.optim.AdamW(
         groups,
-        lr=backend.scalar(section.lr),
+        lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,
         **backend.optimizer_options(),

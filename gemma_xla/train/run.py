@@ -56,7 +56,9 @@ class Run:
         self.init = self._open_init()
         self.model_config = self._architecture()
         checks.check_seq_len(config, self.model_config)
-        self.flops = self._flops()
+        if config.lora:
+            check_lora(config.lora, self.model_config)
+        self.flops = FlopCounter.of_run(self.model_config, config.data.seq_len, config.lora)
         self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
@@ -179,13 +181,6 @@ class Run:
     def _compute_dtype(self) -> torch.dtype:
         name = self.config.train.compute_dtype
         return self.backend.compute_dtype if name == "auto" else getattr(torch, name)
-
-    def _flops(self) -> FlopCounter:
-        lora = self.config.lora
-        if lora is None:
-            return FlopCounter(self.model_config, self.config.data.seq_len)
-        check_lora(lora, self.model_config)
-        return FlopCounter(self.model_config, self.config.data.seq_len, lora.rank, tuple(lora.target_modules))
 
     def _open_init(self) -> Weights | None:
         """What training starts from, where that is not chance."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from gemma_xla.backend import Backend
+from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.model.loss import IGNORE_INDEX
-from gemma_xla.sharding import INPUT_SPEC
+from gemma_xla.sharding import INPUT_SPEC, Spec
+from gemma_xla.train.parallelize import parallelize
 
 Batch = dict[str, torch.Tensor]
 # In place of 0, as a warm-up begins with: AdamW on a device divides by the rate, and where the second moment is 0 too,
@@ -47,24 +49,36 @@ class TrainStep:
 
         The result may still be in the making on the device: reading it waits.
         """
-        total_loss = total_counts = 0.0
+        totals = None
         for i, batch in enumerate(micro_batches):
             if i:
                 # A graph per micro-batch: one that held them all would take as long to compile as it is long.
                 self.backend.flush()
-            loss, counts = summed_loss(self.model, batch, self.backend, self.loss_chunk)
-            loss.backward()
-            total_loss, total_counts = total_loss + loss.detach(), total_counts + counts
-        total_loss, trained, real = self.backend.total(torch.stack([total_loss, *total_counts]))
+            totals = self.accumulate(batch, totals)
+        result = self.update(totals, learning_rate)
+        self.backend.flush()
+        return result
+
+    def accumulate(self, batch: Batch, totals: torch.Tensor | None = None) -> torch.Tensor:
+        """Add a micro-batch's gradients to those before; return ``totals`` with its loss, trained and real tokens.
+
+        ``[3]``, float32, of the rows that this process computes.
+        """
+        loss, counts = summed_loss(self.model, batch, self.backend, self.loss_chunk)
+        loss.backward()
+        own = torch.stack([loss.detach(), *counts])
+        return own if totals is None else totals + own
+
+    def update(self, totals: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """Take the optimizer's step, and return what `__call__` does."""
+        total_loss, trained, real = self.backend.total(totals)
         grad_norm = self._scale_gradients(trained)
         rate = self.backend.scalar(max(learning_rate, SMALLEST_RATE))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        result = torch.stack([total_loss / trained, grad_norm, trained, real])
-        self.backend.flush()
-        return result
+        return torch.stack([total_loss / trained, grad_norm, trained, real])
 
     @torch.no_grad()
     def _scale_gradients(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -79,10 +93,33 @@ class TrainStep:
         return norm
 
 
+def make_step(
+    model: Gemma,
+    specs: dict[str, Spec],
+    optimizer: torch.optim.Optimizer,
+    backend: Backend,
+    section: TrainSection,
+    dtype: torch.dtype,
+) -> TrainStep:
+    """The step of a run, and of its plan.
+
+    Args:
+        model: its parameters already placed; it is parallelized here.
+        specs: how each parameter is stored.
+        optimizer: over the model's parameters.
+        backend: where they are.
+        section: the config's ``train``.
+        dtype: the compute dtype.
+    """
+    parallelize(model, specs, backend, section, dtype)
+    options = {"clip_norm": section.optimizer.clip_norm, "loss_chunk": section.loss_chunk}
+    return TrainStep(model, optimizer, backend, **options)
+
+
 def summed_loss(model: Gemma, batch: Batch, backend: Backend, loss_chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss of the rows that this process computes, on XLA all, and `counts`, all float32."""
     batch = backend.place_batch(batch, INPUT_SPEC)
-    return model(**batch, loss_chunk=loss_chunk), counts(batch)
+    return model(**batch, loss_chunk=loss_chunk, loss_parts=backend.batch_parts), counts(batch)
 
 
 def counts(batch: Batch) -> torch.Tensor:

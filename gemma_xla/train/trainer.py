@@ -19,10 +19,9 @@ from gemma_xla.train.compilations import CompilationWatch
 from gemma_xla.train.evaluation import Evaluator, SampleLog, best, is_stale
 from gemma_xla.train.metrics import Meter, MetricsLog, summary
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction
-from gemma_xla.train.parallelize import parallelize
 from gemma_xla.train.resume import restore_optimizer
 from gemma_xla.train.run import Run
-from gemma_xla.train.step import Batch, TrainStep
+from gemma_xla.train.step import Batch, make_step
 
 
 class Trainer:
@@ -135,14 +134,7 @@ class Trainer:
         self.backend.seed(self.config.seed)
         if reader is not None:
             self._resume(reader, run.newest.state)
-        parallelize(self.model, self.specs, self.backend, section, run.compute_dtype)
-        self.train_step = TrainStep(
-            self.model,
-            self.optimizer,
-            self.backend,
-            clip_norm=section.optimizer.clip_norm,
-            loss_chunk=section.loss_chunk,
-        )
+        self.train_step = make_step(self.model, self.specs, self.optimizer, self.backend, section, run.compute_dtype)
         self.evaluator = Evaluator(run, self.model, self._share, self._signal)
         self.backend.flush()
         if run.newest:

@@ -49,12 +49,7 @@ class XlaBackend(Backend):
                 f"{started} processes were started, but PyTorch/XLA drives all devices of a host from one; start one "
                 "per host, or start with USE_TORCH_XLA=0 to do without PyTorch/XLA"
             )
-        self.device = torch_xla.device()
-        self.mesh: MeshShape = resolve_mesh(section, num_devices)
-        self.batch_shards = self.mesh.batch_shards
-        shape = tuple(getattr(self.mesh, axis) for axis in AXES)
-        self._mesh = xs.Mesh(np.arange(num_devices), shape, AXES)
-        xs.set_global_mesh(self._mesh)
+        self._lay_out(resolve_mesh(section, num_devices))
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
         if self.process_count > 1:
@@ -64,6 +59,13 @@ class XlaBackend(Backend):
             from torch_xla.distributed import xla_backend  # noqa: F401 (registers the address "xla://")
 
             torch.distributed.init_process_group("gloo", init_method="xla://")
+
+    def _lay_out(self, mesh: MeshShape) -> None:
+        self.device = torch_xla.device()
+        self.mesh = mesh
+        self.batch_shards = self.batch_parts = mesh.batch_shards
+        self._mesh = xs.Mesh(np.arange(mesh.num_devices), tuple(getattr(mesh, axis) for axis in AXES), AXES)
+        xs.set_global_mesh(self._mesh)
 
     @property
     def device_kind(self) -> str:

@@ -1,0 +1,96 @@
+"""The time that a step takes at the very least: no compiler can make it less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma_xla.flops import projections
+from gemma_xla.plan.dcn import dcn_collective, gradient_bytes
+from gemma_xla.plan.setup import Setup
+from gemma_xla.plan.temporaries import itemsize, layer_parameters, outer_parameters, positions
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step with nothing lost.
+
+    Attributes:
+        compute: all matmuls at the chip's peak.
+        optimizer: reading and writing weights and moments at the memory's full speed.
+        ici: what chips of a slice send each other, over all of a chip's links at once.
+        dcn: what slices send each other.
+        optimizer_waits: whether the update cannot begin before the last gradient is there.
+    """
+
+    compute: float
+    optimizer: float
+    ici: float
+    dcn: float
+    optimizer_waits: bool
+
+    @property
+    def least(self) -> float:
+        """With whatever can overlap hidden."""
+        busy = self.compute + self.optimizer if self.optimizer_waits else max(self.compute, self.optimizer)
+        return max(busy, self.ici) + self.dcn
+
+    @property
+    def most(self) -> float:
+        """With nothing hidden."""
+        return self.compute + self.optimizer + self.ici + self.dcn
+
+
+def step_time(setup: Setup) -> StepTime:
+    """Return the parts of the bound of a step's time."""
+    chip, dcn = setup.hardware.chip, dcn_collective(setup)
+    trained = setup.memory.trained
+    return StepTime(
+        compute=setup.rows * executed_flops(setup) / (setup.hardware.num_chips * chip.peak_flops.value),
+        # Weights and moments, read and written.
+        optimizer=2 * 3 * trained / chip.hbm_bandwidth.value,
+        ici=_ici_bytes(setup) / (chip.num_links.value * chip.link_bandwidth.value),
+        dcn=dcn.seconds if dcn else 0.0,
+        # Clipping needs the norm of all gradients.
+        optimizer_waits=setup.config.train.optimizer.clip_norm > 0,
+    )
+
+
+def executed_flops(setup: Setup) -> float:
+    """FLOPs that a sequence takes, at least: unlike model FLOPs, with what is computed twice or for nothing.
+
+    Attention computes the whole square of scores. With ``remat=full`` the layers' forward pass runs twice, but for
+    `down_proj`, whose output the backward pass does not need. With LoRA nothing below the first layer's adapters needs
+    a gradient, so that layer's backward pass is not counted.
+    """
+    terms = {term.name: term for term in setup.flops.terms(causal=False)}
+    total = setup.flops.per_sequence(causal=False)
+    layers = [terms[name] for name in (*projections(setup.model), "attention")]
+    if setup.config.lora:
+        total -= sum(term.training - term.forward for term in layers) / setup.model.num_hidden_layers
+    if setup.config.train.remat == "full":
+        total += sum(term.forward for term in layers) - terms["down_proj"].forward
+    return total
+
+
+def _ici_bytes(setup: Setup) -> float:
+    """Bytes that a chip receives from others in a step, at least.
+
+    Weights gathered over fsdp, those of layers for each forward pass; gradients scattered over it and summed over data;
+    and, over tensor, the sums of what attention and the feed-forward part give, and of their inputs' gradients. With
+    rematerialisation attention's is needed again. With LoRA the first layer's gradients are not counted.
+    """
+    section, mesh, layers = setup.config.train, setup.hardware.slice_mesh, setup.model.num_hidden_layers
+    remat = section.remat == "full"
+    # Of whole weights as they are used; each chip has its part already.
+    weights = outer_parameters(setup) + (2 if remat else 1) * layers * layer_parameters(setup)
+    gathered = weights * itemsize(setup) * (mesh.fsdp - 1) / mesh.fsdp
+    part = gradient_bytes(setup)
+    scattered = part * (mesh.fsdp - 1) + _all_reduced(part, mesh.data)
+    sums = layers * (3 if remat else 2) + 2 * (layers - bool(setup.config.lora))
+    summed = sums * _all_reduced(positions(setup) * setup.model.hidden_size * itemsize(setup), mesh.tensor)
+    return section.grad_accum * (gathered + scattered + summed)
+
+
+def _all_reduced(num_bytes: int, ways: int) -> float:
+    """What each chip receives when all add up a tensor that each of them has."""
+    return 2 * num_bytes * (ways - 1) / ways

@@ -1,0 +1,131 @@
+"""Work a plan out: record the step, compile it, estimate; or, without the compiler, by arithmetic alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gemma_xla.plan import children
+from gemma_xla.plan.arithmetic import advice, available, bounds
+from gemma_xla.plan.cache import versions
+from gemma_xla.plan.children import Progress
+from gemma_xla.plan.combine import combine
+from gemma_xla.plan.dcn import dcn_collective
+from gemma_xla.plan.estimate import estimate
+from gemma_xla.plan.figures import figures
+from gemma_xla.plan.memory import memory_use
+from gemma_xla.plan.result import Estimate, HbmUse, Plan
+from gemma_xla.plan.setup import Setup, check
+
+INSTALL = 'pip install "gemma_xla[plan]"'
+# Runs a module with arguments in a process of its own; the third is what it does.
+Run = Callable[[str, Sequence[Path | str], str], None]
+
+
+def work_out(setup: Setup, progress: Progress, timeout: float) -> tuple[Plan, list[str]]:
+    """Return a plan, and the compiled programs that it is from.
+
+    Args:
+        setup: what to plan.
+        progress: shows what is under way.
+        timeout: seconds that recording, and compiling each graph, may take.
+
+    Raises:
+        UserError: the run would refuse to start, or the compiler failed (`PlanError`).
+    """
+    check(setup)
+    if not all(find_spec(name) for name in ("jax", "jaxlib", "libtpu", "torch_xla")):
+        return _by_arithmetic(setup), []
+
+    def run(module: str, arguments: Sequence[Path | str], stage: str) -> None:
+        children.run(module, arguments, stage, progress, timeout)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="gemma-xla-plan-") as folder:
+            return _by_compiler(setup, list(_compiled(setup, Path(folder), run)))
+    finally:
+        progress.end()
+
+
+def _by_compiler(setup: Setup, graphs: list[tuple[dict, dict, str | None]]) -> tuple[Plan, list[str]]:
+    chip, mesh = setup.hardware.chip, setup.hardware.slice_mesh
+    uses = [memory_use(compiled, description, available(chip)) for description, compiled, _ in graphs]
+    memory = max(uses, key=lambda use: use.used)
+    programs = [program for *_, program in graphs if program is not None]
+    if len(programs) < len(graphs):
+        return _plan(setup, memory), programs
+    timed = [(estimate(program, chip, mesh), description["count"]) for description, _, program in graphs]
+    whole = combine(timed, dcn_collective(setup))
+    return _plan(setup, memory, (whole.seconds, whole.upper_bound_seconds), estimate=whole), programs
+
+
+def _by_arithmetic(setup: Setup) -> Plan:
+    memory, seconds = bounds(setup)
+    note = f"the TPU compiler is not installed; for an estimate: {INSTALL}"
+    return _plan(setup, memory, (seconds, seconds), compiled=False, notes=[note])
+
+
+def _compiled(setup: Setup, folder: Path, run: Run) -> Iterator[tuple[dict[str, Any], dict[str, Any], str | None]]:
+    """Each graph's description, what the compiler said of it, and the program, where there is one."""
+    question = {
+        "config": setup.config.model_dump(),
+        "model": dataclasses.asdict(setup.model),
+        "mesh": dataclasses.asdict(setup.hardware.slice_mesh),
+        "rows": setup.micro_batch_rows,
+        "dtype": setup.dtype_name,
+    }
+    (folder / "question.json").write_text(json.dumps(question), encoding="utf-8")
+    run("gemma_xla.plan.trace", [folder / "question.json", folder], "trace")
+    graphs = sorted(folder.glob("*.hlo"), key=lambda path: int(path.stem))
+    for graph in graphs:
+        stage = "compile" if len(graphs) == 1 else f"compile graph {int(graph.stem) + 1} of {len(graphs)}"
+        out = folder / f"compiled-{graph.stem}"
+        run("gemma_xla.plan.compile", [graph.with_suffix(""), setup.hardware.slice.name, out], stage)
+        program = out.with_suffix(".txt")
+        text = program.read_text(encoding="utf-8") if program.exists() else None
+        yield children.read(graph.with_suffix(".json")), children.read(out.with_suffix(".json")), text
+
+
+def _plan(
+    setup: Setup,
+    memory: HbmUse,
+    times: tuple[float, float] | None = None,
+    *,
+    compiled: bool = True,
+    estimate: Estimate | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    config, hardware = setup.config, setup.hardware
+    settings = {
+        "model": config.model.init_from or config.model.preset or "gemma-2b",
+        "seq_len": config.data.seq_len,
+        "batch_size_per_device": setup.micro_batch_rows // hardware.slice_mesh.batch_shards,
+        "grad_accum": config.train.grad_accum,
+        "remat": config.train.remat,
+        "layers": config.train.layers,
+        "attention": config.model.attention,
+        "compute_dtype": setup.dtype_name,
+        "lora_rank": config.lora and config.lora.rank,
+    }
+    return Plan(
+        config="",
+        topology=hardware.name,
+        chip=hardware.chip.name,
+        num_chips=hardware.num_chips,
+        mesh=dataclasses.asdict(hardware.mesh),
+        settings=settings,
+        rows=setup.rows,
+        tokens_per_step=setup.rows * config.data.seq_len,
+        compiled=compiled,
+        memory=memory,
+        estimate=estimate,
+        figures=times and figures(setup, *times, None),
+        advice=[] if memory.fits else advice(setup, memory),
+        notes=[*setup.notes, *notes],
+        versions=versions(),
+    )
