@@ -32,7 +32,7 @@ class Chip:
     Attributes:
         peak_flops: FLOP/s that MFU refers to: bfloat16 without sparsity (CPU: float32).
         peak_int8: int8 OP/s without sparsity.
-        hbm_bytes: device memory in bytes; programs get a little less.
+        hbm_bytes: device memory in bytes, as published.
         hbm_bandwidth: bytes per second.
         link_bandwidth: bytes per second of one link to another chip, in one direction.
         num_links: links per chip (ICI, NVLink).
@@ -70,6 +70,11 @@ class Topology:
     def num_chips(self) -> int:
         """Chips in the slice."""
         return math.prod(self.shape)
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines that drive the chips; the largest that there is drives a small slice alone."""
+        return 1 if self.num_chips <= _ONE_HOST[self.chip.name] else self.num_chips // _CHIPS_PER_HOST
 
 
 def _source(text: str) -> Callable[[float], Sourced]:
@@ -175,6 +180,11 @@ _SPACE = (*_SMALL, (8, 8, 16), (8, 16, 16), (16, 16, 16), (16, 16, 24))
 _SHAPES = {"v5e": _PLANE, "v6e": _PLANE, "v5p": _SPACE}
 # What the number in a slice's name counts: TensorCores up to v5p (two per chip), chips for v5e and v6e.
 _COUNTS_PER_CHIP = {"v5e": 1, "v6e": 1, "v5p": 2}
+
+
+# The most chips of a slice with a single host, and the chips of each host of larger ones (Google Cloud documentation).
+_ONE_HOST = {"v5e": 8, "v5p": 4, "v6e": 8}
+_CHIPS_PER_HOST = 4
 
 
 def get_chip(name: str) -> Chip:

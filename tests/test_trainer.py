@@ -19,7 +19,7 @@ from gemma_xla.chips import CHIPS
 from gemma_xla.cli import recipe
 from gemma_xla.errors import TrainingError, UserError
 from gemma_xla.train import Run, Trainer
-from gemma_xla.train.finish import export_run
+from gemma_xla.train.finishing import export_run
 from gemma_xla.train.metrics import read_metrics
 from gemma_xla.train.step import TrainStep
 from recipes.pretrain import main

@@ -59,11 +59,13 @@ class Cache:
 
     def load(self, setup: Setup) -> Plan | None:
         """The answer to a question, if it is there."""
+        path = self._entry(setup) / "plan.json"
         try:
-            text = (self._entry(setup) / "plan.json").read_text(encoding="utf-8")
+            return from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        return from_json(json.loads(text))
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"--cache: {path} is damaged ({error}); delete it") from error
 
     def save(self, setup: Setup, plan: Plan, programs: list[str]) -> None:
         """Keep an answer, and the compiled programs it is from."""

@@ -92,7 +92,7 @@ def run(module: str, arguments: list[str | Path], stage: str, progress: Progress
                 elapsed = time.monotonic() - start
                 if elapsed > timeout:
                     raise PlanError(
-                        f"to {stage} took longer than {timeout:.0f} s and was ended; allow more with --timeout, or set "
+                        f"to {stage} took longer than {timeout:g} s and was ended; allow more with --timeout, or set "
                         "train.layers=scan, which compiles one layer instead of all"
                     )
                 progress.show(stage, elapsed)

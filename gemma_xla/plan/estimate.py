@@ -141,9 +141,9 @@ class _Walk:
         if _is_collective(instruction):
             overlaps = instruction.opcode.endswith("-start")
             return [self._priced(instruction, computation, overlaps)]
-        if instruction.opcode not in ("fusion", "async-start"):
+        called = self.module.computations.get(instruction.called or "")
+        if called is None or instruction.opcode not in ("fusion", "async-start"):
             return []
-        called = self.module.computations[instruction.called or ""]
         overlaps = instruction.opcode == "async-start" or _starts(called)
         return [
             self._priced(one, called, overlaps)

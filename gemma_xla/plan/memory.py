@@ -41,8 +41,12 @@ def memory_use(compiled: dict[str, Any], description: dict[str, Any], available:
 
 
 def _overfull(account: str, held: dict[str, int], available: int) -> HbmUse:
-    """From the text in which the compiler says that, and why, a program does not fit; arguments are not in it."""
-    used = _bytes(re.search(rf"Used {_SIZE} of", account))
+    """From the text in which the compiler says that, and why, a program does not fit.
+
+    Sometimes it counts the arguments, sometimes it has not come so far: ours take the place of those it names.
+    """
+    counted = re.search(rf"^\s*arguments\s+{_SIZE}", account, re.MULTILINE)
+    used = _bytes(re.search(rf"Used {_SIZE} of", account)) - (_bytes(counted) if counted else 0)
     arguments = sum(held.values())
     return HbmUse(
         available=available,

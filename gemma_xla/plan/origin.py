@@ -9,8 +9,9 @@ Attention's products are told from others by what they are, since most names are
   as wide as the sequence is long looks the same.
 
 The largest array of such a product is the scores. Whatever else is named after softmax, stands in the model's
-attention, or makes an array of just as many elements, is attention's too (scaling, masking). What the compiler fuses into
-a matrix product counts with it, on either side. A mask that is not yet repeated for each head counts as other.
+attention, or makes an array of just as many elements, is attention's too (scaling, masking). What the compiler fuses
+into a matrix product counts with it, on either side. A mask that is not yet repeated for each head counts as other; a
+feed-forward array that happens to be as large as the scores (Gemma 2B at 2048 tokens) counts as attention.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ _FILE = "model/attention.py"
 _LARGEST_HEAD = 256
 
 
-def fused_instructions(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-    """Every instruction that a fusion consists of, and the computation it stands in."""
+def _parts(module: Module, instruction: Instruction) -> Iterator[Instruction]:
+    """An instruction and every other that is fused into it."""
+    yield instruction
     fused = module.fused(instruction)
     for inner in fused.instructions.values() if fused else ():
-        yield inner, fused
-        yield from fused_instructions(module, inner)
+        yield from _parts(module, inner)
+
+
+def _sequence(entry: Computation) -> int:
+    """Length of the sequences of token ids that a program takes; 0: it takes none."""
+    inputs = (i for i in entry.instructions.values() if i.opcode == "parameter")
+    return max((a.dims[-1] for i in inputs for a in i.arrays if a.dtype == "s32" and a.dims), default=0)
 
 
 class Origins:
@@ -42,21 +49,13 @@ class Origins:
         self.module = module
         instructions = [(i, c) for c in module.computations.values() for i in c.instructions.values()]
         self._has_names = any("aten__" in i.attributes for i, _ in instructions)
-        self._tokens = max(
-            (
-                a.dims[-1]
-                for i in module.entry.instructions.values()
-                if i.opcode == "parameter"
-                for a in i.arrays
-                if a.dtype == "s32" and a.dims
-            ),
-            default=0,
-        )
-        plain = [i for i in instructions if i[0].opcode in ("convolution", "dot")]
+        self._tokens = _sequence(module.entry)
+        plain = [(i, c) for i, c in instructions if i.opcode in ("convolution", "dot")]
         found = [p for i, c in plain for p in products(module, i, c) if self.is_attention_product(p)]
         self._scores = {max(product.sizes) for product in found}
 
     def is_attention_product(self, product: Product) -> bool:
+        """Whether a product is one of attention's."""
         instruction = product.instruction
         if product.is_batched or _FILE in instruction.source_file or _BATCHED.search(instruction.op_name):
             return True
@@ -72,8 +71,7 @@ class Origins:
         """
         if found:
             return "attention" if any(map(self.is_attention_product, found)) else "matmuls"
-        everything = [instruction, *(inner for inner, _ in fused_instructions(self.module, instruction))]
-        return "attention" if any(map(self._is_attentions, everything)) else "other"
+        return "attention" if any(map(self._is_attentions, _parts(self.module, instruction))) else "other"
 
     def _is_attentions(self, instruction: Instruction) -> bool:
         if _SOFTMAX.search(instruction.op_name) or _FILE in instruction.source_file:

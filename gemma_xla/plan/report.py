@@ -69,6 +69,22 @@ def gib(num_bytes: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.005 or not value else f"{value:.2g}"
 
 
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that suits them."""
+    for scale, unit in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(num_bytes) >= 0.1 * scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for scale, unit in ((1, "s"), (1e-3, "ms")):
+        if seconds >= 0.1 * scale:
+            return f"{seconds / scale:.4g} {unit}"
+    return f"{seconds * 1e6:.4g} us"
+
+
 def count(number: float, short: bool = False) -> str:
     """A large number in words (19.7 million), or with the word's first letter (19.7M)."""
     for scale, word in _SCALES:
@@ -153,14 +169,14 @@ def _memory(plan: Plan) -> list[str]:
     scale = max(memory.available, memory.used)
     sizes = memory_parts(memory)
     rest = memory.available - memory.used
-    rows = [["", "GiB", "", ""]]
-    for name, size in {**sizes, "free" if rest >= 0 else "too much": abs(rest)}.items():
+    rows = []
+    for name, held in {**sizes, "free" if rest >= 0 else "too much": abs(rest)}.items():
         mark = "." if name == "free" else "!" if name == "too much" else "#"
-        rows.append([name, gib(size), f"{size / memory.available:.1%}", mark * round(_BAR * size / scale)])
+        rows.append([name, size(held), f"{held / memory.available:.1%}", mark * round(_BAR * held / scale)])
     lines = [_marked("memory of a chip", plan), *aligned(rows, left=(0, 3))]
-    if gib(sum(sizes.values())) != gib(memory.used):
+    if size(sum(sizes.values())) != size(memory.used):
         lines += _wrapped(
-            f"The parts add up to {gib(sum(sizes.values()))}; laid out, they take {gib(memory.used)}.", "  "
+            f"The parts add up to {size(sum(sizes.values()))}; laid out, they take {size(memory.used)}.", "  "
         )
     return lines
 
@@ -170,8 +186,9 @@ def _speed(plan: Plan) -> list[str]:
     if figures is None:
         return [] if plan.memory.fits else ["no step time: it does not fit"]
     least, most = ("", "") if plan.compiled else ("at least ", "at most ")
-    step = f"{least}{figures.step_seconds:.4g} s"
-    step += f" ESTIMATE; upper bound {figures.upper_bound_seconds:.4g} s (nothing overlaps)" if plan.compiled else ""
+    step = f"{least}{duration(figures.step_seconds)}"
+    bound = f" ESTIMATE; upper bound {duration(figures.upper_bound_seconds)} (nothing overlaps)"
+    step += bound if plan.compiled else ""
     square = f"{most}{figures.mfu_full_square:.1%} full-square"
     rows = [["step", step], ["MFU", f"{most}{figures.mfu:.1%} causal, {square}"]]
     rows.append(["tokens/s/chip", f"{most}{figures.tokens_per_second:,.0f}"])
@@ -186,35 +203,35 @@ def _speed(plan: Plan) -> list[str]:
 
 
 def _parts(estimate: Estimate) -> list[str]:
-    rows = [["", "ms", "", ""]]
+    rows = []
     for name, seconds in estimate.parts.items():
         share = seconds / estimate.seconds if estimate.seconds else 0.0
-        rows.append([name, _ms(seconds), f"{share:.1%}", "#" * round(_BAR * share)])
+        rows.append([name, duration(seconds), f"{share:.1%}", "#" * round(_BAR * share)])
     return ["where the time goes (ESTIMATE)", *aligned(rows, left=(0, 3))]
 
 
 def _collectives(estimate: Estimate) -> list[str]:
-    rows = [["kind", "axis", "count", "GiB", "ms", "overlaps"]]
+    rows = [["kind", "axis", "count", "bytes", "time", "overlaps"]]
     for entry in estimate.collectives:
-        sizes = [f"{entry.count:,}", gib(entry.num_bytes), _ms(entry.seconds)]
+        sizes = [f"{entry.count:,}", size(entry.num_bytes), duration(entry.seconds)]
         rows.append([entry.kind, entry.axis, *sizes, "yes" if entry.overlaps else "no"])
     heading = "traffic between chips (whole tensors, links at their nominal speed)"
     return [heading, *aligned(rows, left=(0, 1, 5))] if estimate.collectives else []
 
 
 def _matmuls(estimate: Estimate) -> list[str]:
-    rows = [["ms", "ideal", "of ideal", "times", "shape", "source"]]
+    rows = [["time", "ideal", "of ideal", "times", "shape", "source"]]
     for entry in estimate.matmuls[:_MATMULS]:
         efficiency = f"{entry.ideal_seconds / entry.seconds:.0%}" if entry.seconds else "-"
-        times = [_ms(entry.seconds), _ms(entry.ideal_seconds), efficiency, f"{entry.count:,}"]
+        times = [duration(entry.seconds), duration(entry.ideal_seconds), efficiency, f"{entry.count:,}"]
         rows.append([*times, _cut(entry.shape, 32), entry.source or entry.name])
     heading = f"matmuls that lose most against the chip's peak ({len(rows) - 1} of {len(estimate.matmuls)})"
     return [heading, *aligned(rows, left=(4, 5))] if estimate.matmuls else []
 
 
 def _largest(memory: HbmUse) -> list[str]:
-    rows = [["GiB", "shape", "source"]]
-    rows += [[gib(entry.num_bytes), _cut(entry.shape, 40), entry.source] for entry in memory.largest]
+    rows = [["bytes", "shape", "source"]]
+    rows += [[size(entry.num_bytes), _cut(entry.shape, 40), entry.source] for entry in memory.largest]
     return ["largest temporaries", *aligned(rows, left=(1, 2))] if memory.largest else []
 
 
@@ -273,10 +290,6 @@ def _wrapped(line: str, indent: str = "", first: str | None = None) -> list[str]
 
 def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else f"{line[: width - 3]}..."
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.2f}"
 
 
 def _ascii(block: str) -> str:

@@ -16,8 +16,6 @@ from gemma_xla.sharding import MeshShape
 if TYPE_CHECKING:
     from gemma_xla.train.memory import Memory
 
-# The most chips that one host drives (Google Cloud documentation): with several hosts mesh.tensor must be 1.
-_HOST_CHIPS = {"v5e": 8, "v5p": 4, "v6e": 8}
 _KEYS = {"topology": "hardware.topology"} | {axis: f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")}
 
 
@@ -104,5 +102,5 @@ def settings_of(config: RunConfig, where: Hardware) -> Settings:
 
 def tensor_sizes(where: Hardware) -> list[int]:
     """The sizes of the mesh's tensor axis that a slice allows; whether they suit the model is another matter."""
-    chips = where.slice.num_chips
-    return [n for n in (1, 2, 4, 8) if chips % n == 0 and (n == 1 or where.num_chips <= _HOST_CHIPS[where.chip.name])]
+    chips, alone = where.slice.num_chips, where.num_hosts == 1
+    return [n for n in (1, 2, 4, 8) if chips % n == 0 and (n == 1 or alone)]

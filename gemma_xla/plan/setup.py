@@ -91,6 +91,11 @@ def check(setup: Setup) -> None:
     from gemma_xla.train.build import plan_shards
     from gemma_xla.train.checks import check_scan, check_seq_len
 
+    tensor, hosts = setup.hardware.mesh.tensor, setup.hardware.num_hosts
+    if tensor > 1 and hosts > 1:
+        raise UserError(
+            f"mesh.tensor is {tensor}; {setup.hardware.name} has {hosts} hosts, and with several it must be 1"
+        )
     check_seq_len(setup.config, setup.model)
     check_scan(setup.config, setup.model)
     if setup.config.lora:

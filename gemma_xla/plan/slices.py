@@ -35,6 +35,10 @@ class Hardware:
         return self.count * self.slice.num_chips
 
     @property
+    def num_hosts(self) -> int:
+        return self.count * self.slice.num_hosts
+
+    @property
     def slice_mesh(self) -> MeshShape:
         """Devices of one slice along each axis."""
         return dataclasses.replace(self.mesh, data=self.mesh.data // self.count)

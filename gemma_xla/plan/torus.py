@@ -2,9 +2,9 @@
 
 The chips of a slice stand on a grid, numbered along its first axis first (so are libtpu's device ids), each linked to
 its neighbours. The ends of an axis are linked too, on v5e and v6e where it has 16 chips (a pod's full side), on v5p
-where every axis is a multiple of 4 (cubes, joined by optical switches). Along such a ring a chip sends and receives over
-two links. Along a line (of a smaller slice, or where a group takes only part of an axis) it is reckoned with one, as that
-is what the chips at its ends have. Groups that interleave on an axis share its links.
+where every axis is a multiple of 4 (cubes, joined by optical switches). Along such a ring a chip sends and receives
+over two links. Along a line (of a smaller slice, or where a group takes only part of an axis) it is reckoned with one,
+as that is what the chips at its ends have. Groups that interleave on an axis share its links.
 Model and conditions: How to Scale Your Model, parts 2 and 3, https://jax-ml.github.io/scaling-book.
 """
 
@@ -73,7 +73,7 @@ class Torus:
         if not regular or math.prod(map(len, taken)) != len(places):
             return [Way(len(places), False, 1)]
         return [
-            Way(len(axis), ring and len(axis) * stride == length and length > 2, stride)
+            Way(len(axis), ring and len(axis) * stride == length, stride)
             for axis, stride, length, ring in zip(taken, strides, self.shape, self.is_ring, strict=True)
             if len(axis) > 1
         ]

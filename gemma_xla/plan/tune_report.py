@@ -59,7 +59,8 @@ def _table(tuning: Tuning) -> list[str]:
     )
     if not all(row.plan.compiled for row in rows):
         notes += f" bounds: {BOUNDS}."
-    return ["settings that were tried, the best first", *aligned(table, left=(0, 3, 11), width=_WIDTH), "", *_wrapped(notes)]
+    title = "settings that were tried, the best first"
+    return [title, *aligned(table, left=(0, 3, 11), width=_WIDTH), "", *_wrapped(notes)]
 
 
 def _speed(row: Row) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any
 from gemma_xla.plan import children
 from gemma_xla.plan.arithmetic import advice, available, bounds
 from gemma_xla.plan.cache import versions
-from gemma_xla.plan.children import Progress
+from gemma_xla.plan.children import PlanError, Progress
 from gemma_xla.plan.combine import combine
 from gemma_xla.plan.dcn import dcn_collective
 from gemma_xla.plan.estimate import estimate
 from gemma_xla.plan.figures import figures
+from gemma_xla.plan.loops import UnreadableLoopError
 from gemma_xla.plan.memory import memory_use
 from gemma_xla.plan.result import Estimate, HbmUse, Plan
 from gemma_xla.plan.setup import Setup, check
@@ -59,7 +60,10 @@ def _by_compiler(setup: Setup, graphs: list[tuple[dict, dict, str | None]]) -> t
     programs = [program for *_, program in graphs if program is not None]
     if len(programs) < len(graphs):
         return _plan(setup, memory), programs
-    timed = [(estimate(program, chip, mesh), description["count"]) for description, _, program in graphs]
+    try:
+        timed = [(estimate(program, chip, mesh), description["count"]) for description, _, program in graphs]
+    except UnreadableLoopError as error:
+        raise PlanError(f"the compiled program cannot be read: {error}") from error
     whole = combine(timed, dcn_collective(setup))
     return _plan(setup, memory, (whole.seconds, whole.upper_bound_seconds), estimate=whole), programs
 

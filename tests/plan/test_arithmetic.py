@@ -49,22 +49,22 @@ def test_temporaries_by_hand():
     kept = L * T * D * 2 + L * LAYER // 256 * 2
     # The loss: 512 positions' logits and the gathered embedding in bfloat16, its gradient in float32.
     loss = 512 * V * 2 + V * D * 2 + V * D * 4
-    # Attention: probabilities and their gradient; the gradients of the layers' weights come out of the loop in float32.
+    # Attention: probabilities and their gradient; beside them the layers' gradients, in float32.
     attention = 2 * N * T * T * 2 + L * LAYER // 256 * 4
     assert temporaries(a_setup()) == kept + max(loss, attention) == kept + loss
     assert temporaries(a_setup("train.loss_chunk=8192")) == kept + 8192 * V * 2 + 2 * V * D * 2
     assert temporaries(a_setup(lora=LORA)) > kept + 2 * N * T * T * 2
     # On one chip nothing is gathered.
-    one = a_setup("model.overrides.num_hidden_layers=1", topology="v5e-1", model={"preset": "gemma-2b"})
-    assert temporaries(one) == T * D * 2 + LAYER * 2 + 512 * V * 2 + V * D * 4
+    one = a_setup("model.overrides.num_hidden_layers=1", "data.seq_len=1024", topology="v5e-1")
+    assert temporaries(one) == 1024 * D * 2 + LAYER * 2 + 512 * V * 2 + V * D * 4
 
 
 def test_the_feed_forward_part_is_largest_where_rows_are_short():
-    setup = a_setup("data.seq_len=256", "train.batch_size_per_device=64", "train.loss_chunk=1", topology="v5e-8")
+    setup = a_setup("data.seq_len=256", "train.batch_size_per_device=128", "train.loss_chunk=1", topology="v5e-8")
     state = L * LAYER // 8
-    kept = L * 64 * 256 * D * 2 + state * 2
+    kept = L * 128 * 256 * D * 2 + state * 2
     # Gate, up and the gradient of their product, one gathered matrix, and the gradients of the loop.
-    assert temporaries(setup) == kept + 3 * 64 * 256 * F * 2 + D * F * 2 + state * 4
+    assert temporaries(setup) == kept + 3 * 128 * 256 * F * 2 + D * F * 2 + state * 4
 
 
 def test_without_rematerialisation_a_loop_keeps_what_matmuls_need():
@@ -78,14 +78,14 @@ def test_without_rematerialisation_a_loop_keeps_what_matmuls_need():
     assert temporaries(unrolled, frugal=False) == L * T * width * 2 + loss
     # The input of o_proj is kept for its weight's gradient alone.
     lora = a_setup("train.remat=none", lora=LORA), a_setup("train.remat=none", lora={"rank": 16})
-    assert temporaries(lora[1]) - temporaries(lora[0]) > L * T * N * H * 2
+    assert temporaries(lora[1]) - temporaries(lora[0]) == L * T * N * H * 2
 
 
 def test_the_end_of_the_step_holds_all_gradients_at_once():
     config = ("data.seq_len=64", "train.layers=loop", "train.loss_chunk=64", "model.overrides.vocab_size=512")
-    setup = a_setup(*config, topology="v5e-1", model={"preset": "gemma-2b"})
+    setup = a_setup(*config, topology="v5e-1")
     assert temporaries(setup) == setup.memory.trained // 2
-    free = a_setup(*config, "train.optimizer.clip_norm=0", topology="v5e-1", model={"preset": "gemma-2b"})
+    free = a_setup(*config, "train.optimizer.clip_norm=0", topology="v5e-1")
     assert temporaries(free) < setup.memory.trained // 2
 
 
@@ -96,9 +96,9 @@ def test_micro_batches_keep_gradients():
 
 
 def test_the_tensor_axis_splits_what_it_splits():
-    memory, halved = bounds(a_setup(topology="v5e-8"))[0], bounds(a_setup("mesh.tensor=2", topology="v5e-8"))[0]
-    assert (memory.parameters, memory.batch) == (halved.parameters - 3 * 0, halved.batch)
-    kept = L * T * D * 2 + L * LAYER // 8 * 2
+    memory, halved = bounds(a_setup())[0], bounds(a_setup("mesh.tensor=2"))[0]
+    assert memory.batch == halved.batch
+    kept = L * T * D * 2 + L * LAYER // 256 * 2
     assert halved.temporaries - kept == (memory.temporaries - kept) / 2
 
 
@@ -191,7 +191,9 @@ def test_advice_keeps_the_rows_of_a_step():
     setup = a_setup("data.seq_len=2048", "train.batch_size_per_device=64", topology="v5e-8", lora=LORA)
     lines = advice(setup, bounds(setup)[0])
     assert any(line.startswith("train.batch_size_per_device=32, train.grad_accum=2: ") for line in lines)
-    assert any(line.startswith("hardware.topology=v5e-16, mesh.fsdp=16, train.batch_size_per_device=32") for line in lines)
+    assert any(
+        line.startswith("hardware.topology=v5e-16, mesh.fsdp=16, train.batch_size_per_device=32") for line in lines
+    )
     assert not any("rows per step instead" in line for line in lines)
 
 
@@ -201,7 +203,9 @@ def test_advice_scales_with_what_the_compiler_found():
     compiled = dataclasses.replace(floor, temporaries=2 * floor.temporaries, used=floor.used + floor.temporaries)
     line = next(line for line in advice(setup, compiled) if line.startswith("train.batch_size_per_device"))
     rows = int(line.partition("=")[2].partition(",")[0])
-    changed, _ = bounds(a_setup(f"train.batch_size_per_device={rows}", f"train.grad_accum={8 // rows}", topology="v5e-8"))
+    changed, _ = bounds(
+        a_setup(f"train.batch_size_per_device={rows}", f"train.grad_accum={8 // rows}", topology="v5e-8")
+    )
     assert f"about {(changed.used + changed.temporaries) / GIB:.2f} of" in line
 
 
@@ -213,11 +217,11 @@ def test_advice_puts_changes_together_where_none_suffices_alone():
     assert "train.grad_accum=" in lines[0]
 
 
-def test_advice_on_what_cannot_fit_says_what_is_left():
+def test_advice_on_what_cannot_fit_says_what_helps():
     setup = a_setup("model.preset=gemma-7b", topology="v5e-1")
     lines = advice(setup, bounds(setup)[0])
-    assert lines
-    assert all("GiB too much" in line for line in lines) or all("fits" in line for line in lines)
+    assert lines[0].startswith("hardware.topology=v5e-8, mesh.fsdp=8: ")
+    assert all("GiB too much" in line for line in lines)
 
 
 def test_a_split_that_no_run_allows_is_never_advised():

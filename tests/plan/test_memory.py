@@ -14,8 +14,8 @@ DESCRIPTION = {
     }
 }
 # Shortened from what libtpu 0.0.21 said of a step of Gemma 2B.
-TOO_MUCH = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of 15.75G \
-hbm. Exceeded hbm capacity by 1.75G.
+TOO_MUCH = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.
 
 Total hbm usage >= 17.75G:
     reserved        258.12M
@@ -61,6 +61,11 @@ def test_donated_results_count_once():
     assert use.used == use.parameters + use.optimizer + use.batch + use.temporaries + use.program
     assert use.fits
     assert not memory_use(compiled, DESCRIPTION, available=use.used - 1).fits
+
+
+def test_arguments_that_the_compiler_counts_are_not_counted_twice():
+    account = TOO_MUCH.replace("arguments            0B", "arguments         1.50G")
+    assert memory_use({"out_of_memory": account}, DESCRIPTION, available=1).temporaries == 16 * GIB
 
 
 def test_the_account_of_too_much():

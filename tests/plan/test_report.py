@@ -129,30 +129,30 @@ def test_speed_and_cost_by_hand():
 def test_memory_lines_and_bars_by_hand():
     report = text(make_plan())
     # 6144 of 16128 MiB is 38.1%, or 15 of 40 marks; free are 9856 MiB, 61.1%, 24 marks.
-    assert line_of(report, "temporaries").split() == ["temporaries", "6.00", "38.1%", "#" * 15]
-    assert line_of(report, "free").split() == ["free", "9.62", "61.1%", "." * 24]
+    assert line_of(report, "temporaries").split() == ["temporaries", "6.00", "GiB", "38.1%", "#" * 15]
+    assert line_of(report, "free").split() == ["free", "9.62", "GiB", "61.1%", "." * 24]
     assert "add up to" not in report
     # 7168 - 6272 MiB.
     padded = text(make_plan(memory=dataclasses.replace(MEMORY, used=7 * GIB)))
-    assert line_of(padded, "other ").split()[:2] == ["other", "0.88"]
+    assert line_of(padded, "other ").split()[:3] == ["other", "0.88", "GiB"]
     shared = text(make_plan(memory=dataclasses.replace(MEMORY, used=5 * GIB)))
-    assert "The parts add up to 6.12; laid out, they take 5.00." in shared
+    assert "The parts add up to 6.12 GiB; laid out, they take 5.00 GiB." in shared
     # 5.15 of 20.9 GiB, 10 of 40 marks.
-    assert line_of(text(TIGHT), "too much").split()[2:] == ["5.15", "32.7%", "!" * 10]
+    assert line_of(text(TIGHT), "too much").split()[2:] == ["5.15", "GiB", "32.7%", "!" * 10]
 
 
 def test_where_the_time_goes_and_traffic():
     report = text(make_plan())
-    assert line_of(report, "matmuls ").split() == ["matmuls", "800.00", "64.1%", "#" * 26]
-    assert line_of(report, "collectives").split()[:3] == ["collectives", "49.00", "3.9%"]
-    assert line_of(report, "all-gather").split() == ["all-gather", "fsdp", "216", "20.00", "350.00", "yes"]
-    assert line_of(report, "all-reduce").split() == ["all-reduce", "data+fsdp", "3", "0.0029", "49.00", "no"]
+    assert line_of(report, "matmuls ").split() == ["matmuls", "0.8", "s", "64.1%", "#" * 26]
+    assert line_of(report, "collectives").split()[:4] == ["collectives", "49", "ms", "3.9%"]
+    assert line_of(report, "all-gather").split() == ["all-gather", "fsdp", "216", "20.00", "GiB", "0.35", "s", "yes"]
+    assert line_of(report, "all-reduce").split() == ["all-reduce", "data+fsdp", "3", "3.00", "MiB", "49", "ms", "no"]
 
 
 def test_ten_matmuls_and_no_more():
     report = text(make_plan())
-    row = line_of(report, "50.00").split()
-    assert row == ["50.00", "16.00", "32%", "18", "bf16[8192,2048]", "mlp/down_proj.0"]
+    row = line_of(report, "50 ms").split()
+    assert row == ["50", "ms", "16", "ms", "32%", "18", "bf16[8192,2048]", "mlp/down_proj.0"]
     assert "mlp/down_proj.9" in report
     assert "mlp/down_proj.10" not in report
     assert "(10 of 12)" in report
@@ -161,7 +161,7 @@ def test_ten_matmuls_and_no_more():
 def test_what_does_not_fit_says_why_and_what_to_do():
     report = text(TIGHT)
     assert "no step time: it does not fit" in report
-    assert line_of(report, "8.00").split() == ["8.00", "f32[8,8192,8192]{2,1,0}", "attention/scores"]
+    assert line_of(report, "8.00 GiB").split() == ["8.00", "GiB", "f32[8,8192,8192]{2,1,0}", "attention/scores"]
     assert report.index("train.remat=full") < report.index("a larger slice")
     assert "largest temporaries" not in text(make_plan())
 

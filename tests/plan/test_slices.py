@@ -32,8 +32,14 @@ def test_several_slices_are_replicas_along_data():
 
 
 def test_the_config_names_it_and_sets_the_price():
-    found = hardware(config().model_copy(update={"hardware": config().hardware.model_copy(update={"price": 2.5})}), "v5e-4")
-    assert found.chip.price.value == 2.5
+    section = config().hardware.model_copy(update={"price": 2.5, "topology": "v5e-4"})
+    found = hardware(config().model_copy(update={"hardware": section}))
+    assert (found.name, found.chip.price.value) == ("v5e-4", 2.5)
+
+
+@pytest.mark.parametrize(("name", "hosts"), [("v5e-1", 1), ("v5e-8", 1), ("v5e-16", 4), ("v5p-8", 1), ("v5p-128", 16)])
+def test_hosts(name, hosts):
+    assert hardware(config(), name).num_hosts == hosts
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""Plans by the real TPU compiler, against what can be derived by hand."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_xla.config_file import load_config
+from gemma_xla.plan import children, work
+from gemma_xla.plan.children import Progress
+from gemma_xla.plan.setup import Setup, prepare
+from gemma_xla.plan.slices import hardware
+from gemma_xla.train.memory import memory
+
+pytestmark = pytest.mark.aot
+
+# Sizes that fill the chip's tiles, so that padding adds little.
+MODEL = """{
+  preset: gemma-small, overrides: {hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 3, vocab_size: 4096}
+}"""
+LAYERS, MATRICES, SEQ_LEN, ROWS = 3, 7, 512, 2
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "run.yaml"
+    path.write_text(f"""
+output_dir: runs/none
+model: {MODEL}
+data: {{train: [{{path: none.txt}}], seq_len: {SEQ_LEN}}}
+train: {{steps: 10, batch_size_per_device: {ROWS}, remat: full, layers: scan}}
+""")
+    return path
+
+
+def setup(path: Path, topology: str, *overrides: str) -> Setup:
+    config = load_config(path, list(overrides))
+    return prepare(config, hardware(config, topology))
+
+
+def compiled(setup: Setup, folder: Path) -> list[tuple[dict, dict, str]]:
+    """Each graph's description, the compiler's account of memory, and the program."""
+
+    def run(module, arguments, stage):
+        children.run(module, arguments, stage, Progress(sys.stderr), 300)
+
+    return list(work._compiled(setup, folder, run))
+
+
+def by_kind(setup: Setup, plan) -> dict[str, int]:
+    return {
+        kind: sum(c.count for c in plan.estimate.collectives if c.kind == kind)
+        for kind in {c.kind for c in plan.estimate.collectives}
+    }
+
+
+@pytest.mark.parametrize(("topology", "chips"), [("v5e-1", 1), ("v5e-4", 4), ("v5p-8", 4), ("v6e-4", 4)])
+def test_memory_and_donation(config_file, tmp_path, topology, chips):
+    question = setup(config_file, topology)
+    ((description, answer, program),) = compiled(question, tmp_path)
+    found, held = answer["memory"], memory(question.model, question.hardware.slice_mesh)
+    state = held.total - held.trained  # the gradient is no argument
+    batch = ROWS * SEQ_LEN * (3 * 4 + 8)
+    assert found["argument"] == pytest.approx(state + batch, rel=0.03)
+    # Parameters, both moments and the step counts take the place of those before; the loss and its like are new.
+    assert found["alias"] == pytest.approx(state, rel=0.03)
+    assert 0 <= found["output"] - found["alias"] <= 4096
+    plan, _ = work._by_compiler(question, [(description, answer, program)])
+    assert plan.memory.fits
+    assert plan.memory.parameters + plan.memory.optimizer == state
+    assert plan.num_chips == chips
+
+
+@pytest.mark.parametrize("topology", ["v5e-4", "v5p-8"])
+def test_trips_and_collectives(config_file, tmp_path, topology):
+    question = setup(config_file, topology)
+    plan, _ = work._by_compiler(question, compiled(question, tmp_path))
+    gathers = by_kind(question, plan)["all-gather"]
+    # Each layer's matrices forward, and again backward, where they are recomputed.
+    assert gathers >= 2 * LAYERS * MATRICES
+    flops = sum(m.ideal_seconds for m in plan.estimate.matmuls) * question.hardware.chip.peak_flops.value
+    assert flops == pytest.approx(_executed(question), rel=0.02)
+    assert plan.figures.step_seconds >= sum(m.ideal_seconds for m in plan.estimate.matmuls)
+
+
+def _executed(question: Setup) -> float:
+    """FLOPs of a chip by hand: forward, again for the backward pass but for the last product, and twice that."""
+    model, tokens = question.model, ROWS * SEQ_LEN
+    width = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    hidden, inner = model.hidden_size, model.intermediate_size
+    attention = 2 * hidden * width + 2 * hidden * keys
+    down = hidden * inner
+    forward = attention + 2 * down
+    scores = 2 * SEQ_LEN * width
+    layers = LAYERS * (4 * (forward + scores) + 3 * down)
+    head = 3 * hidden * model.vocab_size
+    return 2 * tokens * (layers + head)
+
+
+def test_more_rows_and_micro_batches_cost_what_they_should(config_file, tmp_path):
+    plans = {}
+    for accum in (1, 2, 4):
+        (folder := tmp_path / str(accum)).mkdir()
+        question = setup(config_file, "v5e-4", f"train.grad_accum={accum}")
+        graphs = compiled(question, folder)
+        assert [description["count"] for description, *_ in graphs] == [[1], [1, 1], [1, 2, 1]][int(math.log2(accum))]
+        plans[accum], _ = work._by_compiler(question, graphs)
+    # A micro-batch more costs the same each time, and less than a step, which has the optimizer too.
+    seconds = {accum: plan.figures.step_seconds for accum, plan in plans.items()}
+    more = (seconds[4] - seconds[2]) / 2
+    assert 0.5 * seconds[1] < more < seconds[1]
+    assert plans[4].memory.gradients == plans[1].memory.parameters
+
+
+def test_slices_add_the_traffic_between_them(config_file, tmp_path):
+    one = setup(config_file, "v5e-4")
+    two = setup(config_file, "2xv5e-4", "mesh.data=2")
+    graphs = compiled(one, tmp_path)
+    plans = [work._by_compiler(question, graphs)[0] for question in (one, two)]
+    extra = plans[1].figures.step_seconds - plans[0].figures.step_seconds
+    (dcn,) = (c for c in plans[1].estimate.collectives if c.axis == "dcn")
+    assert extra == pytest.approx(dcn.seconds)
+    assert plans[1].tokens_per_step == 2 * plans[0].tokens_per_step
+
+
+def test_what_does_not_fit_is_an_answer(config_file, tmp_path):
+    question = setup(config_file, "v5e-1", "train.batch_size_per_device=512", "train.loss_chunk=512")
+    plan, programs = work._by_compiler(question, compiled(question, tmp_path))
+    assert not plan.memory.fits
+    assert plan.estimate is None
+    assert plan.memory.largest
+    assert plan.advice
+    assert programs == []
+
+
+def test_the_command_as_it_is_typed(config_file, tmp_path):
+    command = [Path(sys.executable).with_name("gemma-xla"), "plan", config_file, "--topology", "v5e-4"]
+    command += ["--cache", tmp_path / "cache", "--plot", tmp_path / "plan.png", "--hlo", tmp_path / "hlo"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fits: ")
+    assert "trace" in done.stderr
+    assert "compile" in done.stderr
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert "HloModule" in (tmp_path / "hlo" / "0.hlo.txt").read_text()
+    command += ["--timeout", "0.5", "--set", "train.remat=none"]
+    late = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert late.returncode == 3
+    assert late.stderr.splitlines()[-1].startswith("error: to trace took longer than 0.5 s and was ended")
