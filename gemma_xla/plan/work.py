@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from gemma_xla.plan.memory import memory_use
 from gemma_xla.plan.result import Estimate, HbmUse, Plan
 from gemma_xla.plan.setup import Setup, check
 
-INSTALL = 'pip install "gemma_xla[plan]"'
 # Runs a module with arguments in a process of its own; the third is what it does.
 Run = Callable[[str, Sequence[Path | str], str], None]
 
@@ -70,8 +70,14 @@ def _by_compiler(setup: Setup, graphs: list[tuple[dict, dict, str | None]]) -> t
 
 def _by_arithmetic(setup: Setup) -> Plan:
     memory, seconds = bounds(setup)
-    note = f"the TPU compiler is not installed; for an estimate: {INSTALL}"
+    note = f"the TPU compiler is not installed; for an estimate: {_install_line()}"
     return _plan(setup, memory, (seconds, seconds), compiled=False, notes=[note])
+
+
+def _install_line() -> str:
+    """What to type for the extra ``plan``, wherever this package came from."""
+    packages = [line.partition(";")[0].strip() for line in requires("gemma_xla") or () if 'extra == "plan"' in line]
+    return f"pip install {' '.join(packages)}"
 
 
 def _compiled(setup: Setup, folder: Path, run: Run) -> Iterator[tuple[dict[str, Any], dict[str, Any], str | None]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,26 +43,21 @@ def setup(path: Path, topology: str, *overrides: str) -> Setup:
     return prepare(config, hardware(config, topology))
 
 
-def compiled(setup: Setup, folder: Path) -> list[tuple[dict, dict, str]]:
+@functools.cache
+def compiled(path: Path, topology: str, *overrides: str) -> list[tuple[dict, dict, str]]:
     """Each graph's description, the compiler's account of memory, and the program."""
 
     def run(module, arguments, stage):
         children.run(module, arguments, stage, Progress(sys.stderr), 300)
 
-    return list(work._compiled(setup, folder, run))
+    with tempfile.TemporaryDirectory() as folder:
+        return list(work._compiled(setup(path, topology, *overrides), Path(folder), run))
 
 
-def by_kind(setup: Setup, plan) -> dict[str, int]:
-    return {
-        kind: sum(c.count for c in plan.estimate.collectives if c.kind == kind)
-        for kind in {c.kind for c in plan.estimate.collectives}
-    }
-
-
-@pytest.mark.parametrize(("topology", "chips"), [("v5e-1", 1), ("v5e-4", 4), ("v5p-8", 4), ("v6e-4", 4)])
-def test_memory_and_donation(config_file, tmp_path, topology, chips):
+@pytest.mark.parametrize(("topology", "chips"), [("v5e-1", 1), ("v5e-4", 4), ("v5p-8", 4)])
+def test_memory_and_donation(config_file, topology, chips):
     question = setup(config_file, topology)
-    ((description, answer, program),) = compiled(question, tmp_path)
+    ((description, answer, program),) = compiled(config_file, topology)
     found, held = answer["memory"], memory(question.model, question.hardware.slice_mesh)
     state = held.total - held.trained  # the gradient is no argument
     batch = ROWS * SEQ_LEN * (3 * 4 + 8)
@@ -76,10 +72,10 @@ def test_memory_and_donation(config_file, tmp_path, topology, chips):
 
 
 @pytest.mark.parametrize("topology", ["v5e-4", "v5p-8"])
-def test_trips_and_collectives(config_file, tmp_path, topology):
+def test_trips_and_collectives(config_file, topology):
     question = setup(config_file, topology)
-    plan, _ = work._by_compiler(question, compiled(question, tmp_path))
-    gathers = by_kind(question, plan)["all-gather"]
+    plan, _ = work._by_compiler(question, compiled(config_file, topology))
+    gathers = sum(c.count for c in plan.estimate.collectives if c.kind == "all-gather")
     # Each layer's matrices forward, and again backward, where they are recomputed.
     assert gathers >= 2 * LAYERS * MATRICES
     flops = sum(m.ideal_seconds for m in plan.estimate.matmuls) * question.hardware.chip.peak_flops.value
@@ -102,35 +98,34 @@ def _executed(question: Setup) -> float:
     return 2 * tokens * (layers + head)
 
 
-def test_more_rows_and_micro_batches_cost_what_they_should(config_file, tmp_path):
+def test_more_rows_and_micro_batches_cost_what_they_should(config_file):
     plans = {}
-    for accum in (1, 2, 4):
-        (folder := tmp_path / str(accum)).mkdir()
-        question = setup(config_file, "v5e-4", f"train.grad_accum={accum}")
-        graphs = compiled(question, folder)
-        assert [description["count"] for description, *_ in graphs] == [[1], [1, 1], [1, 2, 1]][int(math.log2(accum))]
+    for accum, counts in ((1, [1]), (4, [1, 2, 1])):
+        overrides = [f"train.grad_accum={accum}"] if accum > 1 else []
+        question, graphs = setup(config_file, "v5e-4", *overrides), compiled(config_file, "v5e-4", *overrides)
+        assert [description["count"] for description, *_ in graphs] == counts
         plans[accum], _ = work._by_compiler(question, graphs)
-    # A micro-batch more costs the same each time, and less than a step, which has the optimizer too.
+    # A micro-batch more costs less than a step, which has the optimizer too.
     seconds = {accum: plan.figures.step_seconds for accum, plan in plans.items()}
-    more = (seconds[4] - seconds[2]) / 2
+    more = (seconds[4] - seconds[1]) / 3
     assert 0.5 * seconds[1] < more < seconds[1]
     assert plans[4].memory.gradients == plans[1].memory.parameters
 
 
-def test_slices_add_the_traffic_between_them(config_file, tmp_path):
+def test_slices_add_the_traffic_between_them(config_file):
     one = setup(config_file, "v5e-4")
     two = setup(config_file, "2xv5e-4", "mesh.data=2")
-    graphs = compiled(one, tmp_path)
-    plans = [work._by_compiler(question, graphs)[0] for question in (one, two)]
+    plans = [work._by_compiler(question, compiled(config_file, "v5e-4"))[0] for question in (one, two)]
     extra = plans[1].figures.step_seconds - plans[0].figures.step_seconds
     (dcn,) = (c for c in plans[1].estimate.collectives if c.axis == "dcn")
     assert extra == pytest.approx(dcn.seconds)
     assert plans[1].tokens_per_step == 2 * plans[0].tokens_per_step
 
 
-def test_what_does_not_fit_is_an_answer(config_file, tmp_path):
-    question = setup(config_file, "v5e-1", "train.batch_size_per_device=512", "train.loss_chunk=512")
-    plan, programs = work._by_compiler(question, compiled(question, tmp_path))
+def test_what_does_not_fit_is_an_answer(config_file):
+    overrides = ["train.batch_size_per_device=1024"]
+    question = setup(config_file, "v5e-1", *overrides)
+    plan, programs = work._by_compiler(question, compiled(config_file, "v5e-1", *overrides))
     assert not plan.memory.fits
     assert plan.estimate is None
     assert plan.memory.largest
