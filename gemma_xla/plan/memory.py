@@ -24,8 +24,9 @@ def memory_use(compiled: dict[str, Any], description: dict[str, Any], available:
     if "out_of_memory" in compiled:
         return _overfull(compiled["out_of_memory"], held, available)
     memory = compiled["memory"]
-    # Results that replace an argument take no place of their own.
-    temporaries = memory["temp"] + memory["output"] - memory["alias"]
+    # At the worst moment, arguments and new results included; the sum of all temporaries, which the compiler states too,
+    # counts places that several of them have one after the other more than once.
+    temporaries = memory["peak"] - memory["argument"]
     state = held["parameters"] + held["optimizer"] + held["gradients"]
     return HbmUse(
         available=available,
@@ -36,7 +37,7 @@ def memory_use(compiled: dict[str, Any], description: dict[str, Any], available:
         batch=max(0, memory["argument"] - state),
         temporaries=temporaries,
         program=memory["generated_code"],
-        used=memory["argument"] + temporaries + memory["generated_code"],
+        used=memory["peak"] + memory["generated_code"],
     )
 
 

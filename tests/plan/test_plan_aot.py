@@ -123,7 +123,7 @@ def test_slices_add_the_traffic_between_them(config_file):
 
 
 def test_what_does_not_fit_is_an_answer(config_file):
-    overrides = ["train.batch_size_per_device=1024"]
+    overrides = ["train.batch_size_per_device=2048"]
     question = setup(config_file, "v5e-1", *overrides)
     plan, programs = work._by_compiler(question, compiled(config_file, "v5e-1", *overrides))
     assert not plan.memory.fits
