@@ -24,8 +24,8 @@ def memory_use(compiled: dict[str, Any], description: dict[str, Any], available:
     if "out_of_memory" in compiled:
         return _overfull(compiled["out_of_memory"], held, available)
     memory = compiled["memory"]
-    # At the worst moment, arguments and new results included; the sum of all temporaries, which the compiler states too,
-    # counts places that several of them have one after the other more than once.
+    # At the worst moment, arguments and new results included. The sum of all temporaries, which the compiler states
+    # too, counts a place that several have one after the other more than once.
     temporaries = memory["peak"] - memory["argument"]
     state = held["parameters"] + held["optimizer"] + held["gradients"]
     return HbmUse(

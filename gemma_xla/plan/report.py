@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_xla.errors import UserError
+from gemma_xla.plan.hlo import arrays
 from gemma_xla.plan.result import Buffer, Collective, Estimate, Figures, HbmUse, Matmul, Plan
 
 BOUNDS = "arithmetic only: bounds, not an estimate"
@@ -224,9 +225,15 @@ def _matmuls(estimate: Estimate) -> list[str]:
     for entry in estimate.matmuls[:_MATMULS]:
         efficiency = f"{entry.ideal_seconds / entry.seconds:.0%}" if entry.seconds else "-"
         times = [duration(entry.seconds), duration(entry.ideal_seconds), efficiency, f"{entry.count:,}"]
-        rows.append([*times, _cut(entry.shape, 32), entry.source or entry.name])
+        rows.append([*times, _largest_array(entry.shape), entry.source or entry.name])
     heading = f"matmuls that lose most against the chip's peak ({len(rows) - 1} of {len(estimate.matmuls)})"
     return [heading, *aligned(rows, left=(4, 5))] if estimate.matmuls else []
+
+
+def _largest_array(shape: str) -> str:
+    """Of a fusion's results, in HLO's notation without their layout."""
+    array = max(arrays(shape), key=lambda one: one.num_elements)
+    return f"{array.dtype}[{','.join(map(str, array.dims))}]"
 
 
 def _largest(memory: HbmUse) -> list[str]:
