@@ -14,12 +14,12 @@ from typing import Any
 
 from gemma_xla.chips import CHIPS, Chip, Sourced
 from gemma_xla.errors import UserError
-from gemma_xla.plan.report import gib
 from gemma_xla.plan.result import HbmUse
 from gemma_xla.plan.settings import Settings, Variants, settings_of, tensor_sizes
 from gemma_xla.plan.setup import Setup
 from gemma_xla.plan.step_time import step_time
 from gemma_xla.plan.temporaries import positions, temporaries
+from gemma_xla.plan.units import gib
 
 _MIB = 2**20
 _libtpu = "libtpu 0.0.21, from its account of programs that do not fit: {} MiB of memory less {} MiB reserved"

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from gemma_xla.errors import UserError, nearest
-from gemma_xla.plan.report import BOUNDS, GIB, answer, gib, memory_parts
+from gemma_xla.plan.report import BOUNDS, answer, memory_parts
+from gemma_xla.plan.units import GIB, gib
 from gemma_xla.storage import reason
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from gemma_xla.chips import CHIPS, Chip, performance_per_dollar, topology
 from gemma_xla.flops import FlopCounter
 from gemma_xla.model.config import preset
-from gemma_xla.plan.report import aligned, gib
+from gemma_xla.plan.report import aligned
 from gemma_xla.plan.result import Plan
+from gemma_xla.plan.units import gib
 
 SOURCE = (
     "Performance deep dive of Gemma on Google Cloud, April 2024, "

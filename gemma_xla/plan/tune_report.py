@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import textwrap
 
-from gemma_xla.plan.report import BOUNDS, aligned, count, gib
+from gemma_xla.plan.report import BOUNDS, aligned
 from gemma_xla.plan.tune import Row, Tuning, describe
+from gemma_xla.plan.units import count, gib
 
 # Of the settings' keys, those that tuning changes.
 _TUNED = ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.batch_size_per_device", "train.grad_accum", "train.remat")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gemma_xla.errors import UserError
-from gemma_xla.plan.report import BOUNDS, comparison, count, from_json, gib, text, to_json
+from gemma_xla.plan.report import BOUNDS, comparison, from_json, text, to_json
 from gemma_xla.plan.result import Buffer, Collective, Estimate, Figures, HbmUse, Matmul, Plan
+from gemma_xla.plan.units import count, gib
 
 GIB, MIB = 2**30, 2**20
 PRICE_SOURCE = "Google Cloud, on demand, us-east5; a catalogue, https://github.com/skypilot-org/skypilot-catalog"
