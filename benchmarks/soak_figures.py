@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from gemma_xla.train.metrics import read_metrics
 
 # What must be the same in both runs' records; the rest are times.
 RECORDED = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
-# Fractions of a process's steps: after warm-up and at the end; both halves after warm-up.
+# Fractions of a process's steps: after warm-up and at the end; the thirds after warm-up.
 EARLY, LATE = (0.2, 0.4), (0.8, 1.0)
-FIRST_HALF, SECOND_HALF = (0.2, 0.6), (0.6, 1.0)
+THIRDS = (0.2, 0.45), (0.45, 0.7), (0.7, 1.0)
 # Samples in either.
 ENOUGH = 10
 MEMORY_BOUND = 0.02
@@ -90,15 +91,17 @@ def growth(samples: list[Sample]) -> tuple[float, int, int] | None:
 
     Of memory the most in either part counts: the allocator keeps what a checkpoint needed, or gives it back, as it
     likes. Of handles and threads both the least and the most must have grown: checkpoints and evaluations have theirs
-    for a while, on a busy machine for nearly all of a part. None: there are too few samples to tell.
+    for a while, on a busy machine for nearly all of a part. And they must have grown twice, from third to third: a
+    pool that gets its last thread late, or a file that is opened late, stays at that; a leak goes on. None: there are
+    too few samples to tell.
     """
-    parts = [_between(samples, *bounds) for bounds in (EARLY, LATE, FIRST_HALF, SECOND_HALF)]
+    parts = [_between(samples, *bounds) for bounds in (EARLY, LATE, *THIRDS)]
     if min(map(len, parts)) < ENOUGH:
         return None
-    early, late, *halves = parts
+    early, late, *thirds = parts
     memory = max(s.rss for s in late) / max(s.rss for s in early) - 1
-    handles = _grown(*([s.handles for s in half] for half in halves))
-    return memory, handles, _grown(*([s.threads for s in half] for half in halves))
+    handles = _grown(*([s.handles for s in third] for third in thirds))
+    return memory, handles, _grown(*([s.threads for s in third] for third in thirds))
 
 
 def _between(samples: list[Sample], low: float, high: float) -> list[Sample]:
@@ -108,5 +111,6 @@ def _between(samples: list[Sample], low: float, high: float) -> list[Sample]:
     return [sample for sample in samples if low <= sample.step < high]
 
 
-def _grown(early: list[int], late: list[int]) -> int:
-    return max(0, min(min(late) - min(early), max(late) - max(early)))
+def _grown(*thirds: list[int]) -> int:
+    steps = [min(min(late) - min(early), max(late) - max(early)) for early, late in pairwise(thirds)]
+    return sum(steps) if min(steps) > 0 else 0
