@@ -52,7 +52,6 @@ def compile_graph(hlo: bytes, description: dict[str, Any], slice_: Topology) -> 
             raise
         return {"out_of_memory": str(error)}
     found = executable.get_compiled_memory_stats()
-    kinds = ("argument", "output", "alias", "temp", "generated_code")
     kinds = ("argument", "output", "alias", "generated_code")
     memory = {kind: getattr(found, f"{kind}_size_in_bytes") for kind in kinds}
     memory["peak"] = found.peak_memory_in_bytes

@@ -12,6 +12,7 @@ Instructions that have no cycles:
   taken as hidden (for Gemma 2B, all of them together are 0.4% of a step's time);
 - what only moves data, or computes on a scalar, costs its bytes at the memory's bandwidth. Of gathered and scattered
   rows and updated slices only these count; for scattered rows that is a lower bound;
+- what has matrix products counts at the chip's peak, and is listed as unpriced;
 - sorting, random numbers, and custom calls that do something unknown have no price: they are listed as unpriced.
 """
 
@@ -109,7 +110,10 @@ class _Walk:
             self._compute(tally, instruction, computation, cycles / self.clock)
         elif _is_collective(instruction) or _collectives(self.module.computations.get(instruction.called or "")):
             return
-        elif instruction.opcode in UNPRICED or products(self.module, instruction, computation):
+        elif found := products(self.module, instruction, computation):
+            tally.unpriced[f"{instruction.opcode} with products, counted at the chip's peak"] += 1
+            self._compute(tally, instruction, computation, sum(map(self._ideal_seconds, found)))
+        elif instruction.opcode in UNPRICED:
             tally.unpriced[instruction.opcode] += 1
         else:
             seconds = moved_bytes(self.module, instruction, computation) / self.bandwidth

@@ -23,6 +23,10 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^{}]*?(S\(\d+\))?(?:SC\([^)]*\))?\})?")
 
 
+# What the compiler writes where it does not know (a few of v5p's fusions).
+_UNKNOWN_CYCLES = 2**63 - 1
+
+
 @dataclass(frozen=True)
 class Array:
     """One array of a shape."""
@@ -77,8 +81,8 @@ class Instruction:
     @cached_property
     def estimated_cycles(self) -> int | None:
         """The compiler's estimate, memory traffic included; None where it makes none."""
-        found = self.find(r'"estimated_cycles":"(\d+)"')
-        return int(found) if found else None
+        found = int(self.find(r'"estimated_cycles":"(\d+)"') or _UNKNOWN_CYCLES)
+        return None if found == _UNKNOWN_CYCLES else found
 
     @property
     def op_name(self) -> str:

@@ -99,7 +99,7 @@ def table(
     head = ["", "", "publ.", "publ.", "ours", "ours", "ours", "publ.", "publ.", "ours", "ours"]
     names = ["model", "slice", "MFU", "int8", "MFU", "causal", "step s", "MFU/$", "int8/$", "MFU/$", "fits"]
     rows = [_row(row, plans.get((row.model, row.slice)), chips, baseline_price) for row in PUBLISHED]
-    lines = aligned([head, names, *rows], left=(0, 1, len(head) - 1))
+    lines = aligned([head, names, *rows], left=(0, 1, len(head) - 1), width=120)
     for note in [*_notes(chips, baseline_price), *(_settings(plan) for plan in plans.values() if plan is not None)]:
         lines += ["", *textwrap.wrap(note, 100, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines)

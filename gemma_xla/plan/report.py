@@ -38,7 +38,7 @@ def text(plan: Plan) -> str:
     if not plan.memory.fits:
         blocks += [_largest(plan.memory), _bullets("what would make it fit, best first", plan.advice)]
     if plan.estimate is not None:
-        blocks.append(_bullets("not priced: the estimate leaves these out", plan.estimate.unpriced))
+        blocks.append(_bullets("not priced: left out, or too little", plan.estimate.unpriced))
     blocks.append(_bullets("notes", plan.notes))
     blocks.append(_wrapped("with " + ", ".join(f"{name} {version}" for name, version in plan.versions.items())))
     return _ascii("\n\n".join("\n".join(lines) for lines in blocks if lines))

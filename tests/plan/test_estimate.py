@@ -225,11 +225,16 @@ def test_what_has_no_price_is_listed():
         "%b = f32[8] sort()",
         '%c = f32[8] custom-call(), custom_call_target="Surprise"',
         '%kernel.12 = f32[8] custom-call(), custom_call_target="tpu_custom_call"',
-        "%x = bf16[64,16] fusion(), kind=kOutput, calls=%multiply",
-        computations=SUM,
     )
-    assert found.unpriced == ["Surprise: 1", "fusion: 1", "kernel: 1", "sort: 2"]
+    assert found.unpriced == ["Surprise: 1", "kernel: 1", "sort: 2"]
     assert found.seconds == 0
+
+
+@pytest.mark.parametrize("said", ["", ', backend_config={"estimated_cycles":"9223372036854775807"}'])
+def test_products_that_the_compiler_does_not_price_count_at_the_peak(said):
+    found = run("%x = bf16[64,16] fusion(), kind=kOutput, calls=%multiply" + said, computations=SUM)
+    assert found.unpriced == ["fusion with products, counted at the chip's peak: 1"]
+    assert found.seconds == pytest.approx(found.matmuls[0].ideal_seconds) != 0
 
 
 FORWARD = (
