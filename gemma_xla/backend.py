@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import AXES, MeshShape, Spec
 
 # A part of a tensor: where it lies in the whole, and its values on the CPU.
@@ -28,11 +29,9 @@ class Backend:
     """Plain PyTorch on one device: nothing is split, nothing is compiled."""
 
     name = "torch"
-    attention = "sdpa"
     process_index = 0
     process_count = 1
-    # Parts of a batch that lie on devices of their own while its tensors look whole.
-    batch_parts = 1
+    loss_layout = Layout()
 
     def __init__(self, device: torch.device, batch_shards: int = 1) -> None:
         """
@@ -48,6 +47,10 @@ class Backend:
     def device_kind(self) -> str:
         """What the device calls itself, such as "NVIDIA H100 80GB HBM3", or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def attention(self, head_dim: int, seq_len: int) -> str:
+        """The best of `gemma_xla.model.attention.IMPLEMENTATIONS` for rows of so many positions."""
+        return "sdpa"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -91,12 +94,21 @@ class Backend:
         """Fix how a tensor is split, and how its gradient is."""
         return tensor
 
+    def fence(self, tensor: torch.Tensor, *, value: bool = False, gradient: bool = False) -> torch.Tensor:
+        """Return ``tensor``; a compiler may not join what makes it (its gradient) with what uses it."""
+        return tensor
+
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
-    def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
-        """Apply equal layers in a loop that is compiled once."""
+    def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
+        """Apply equal layers in loops that are compiled once.
+
+        Args:
+            kept: names of `gemma_xla.model.config.ACTIVATIONS`, and in how many of the first layers each is kept for
+                the backward pass; the rest is computed again.
+        """
         raise NotImplementedError("scan_layers needs PyTorch/XLA")
 
     def optimizer_options(self) -> dict[str, bool]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gemma_xla.config_base import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, Text
 from gemma_xla.config_data import DataSection
 from gemma_xla.errors import UserError
-from gemma_xla.model.config import LORA_TARGETS
+from gemma_xla.model.config import ACTIVATIONS, LORA_TARGETS
 
 
 class ModelSection(Section):
@@ -98,6 +98,9 @@ class TrainSection(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # "full" keeps only each layer's input for the backward pass and computes the rest again.
     remat: Literal["none", "full"] = "none"
+    # With "full" and layers "scan": what is kept too, and in how many of the first layers (or "all"): q_proj, k_proj,
+    # v_proj, attention, o_proj, gate_proj, up_proj (what these return). Where layers are not scanned, nothing more is.
+    keep: dict[Literal[ACTIVATIONS], Positive | Literal["all"]] = {}
     # "scan" compiles one layer and loops over it (XLA only): compile time no longer grows with depth.
     layers: Literal["loop", "scan"] = "loop"
     # Positions per row whose logits exist at one time.
@@ -131,6 +134,12 @@ class TrainSection(Section):
             given = f"are {self.batch_size} and {self.batch_size_per_device}" if self.batch_size else "are both missing"
             raise ValueError(f"batch_size and batch_size_per_device {given}; give exactly one of them")
         return self
+
+    def kept(self, num_layers: int) -> dict[str, int]:
+        """In how many layers each named activation is kept for the backward pass; the rest is computed again."""
+        if self.remat == "none":
+            return dict.fromkeys(ACTIVATIONS, num_layers)
+        return {name: num_layers if count == "all" else min(count, num_layers) for name, count in self.keep.items()}
 
     def micro_batch_rows(self, batch_shards: int) -> int:
         """Rows of one micro-batch over the whole mesh.

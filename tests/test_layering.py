@@ -38,7 +38,7 @@ ORDER = [
 # Only these may use the seam.
 SEAM_USERS = {"train", "cli", "plan", "infer"}
 # Heavy or optional packages, and the only places that may import them.
-CONFINED = {"torch_xla": {"xla"}, "jax": {"plan"}, "jaxlib": {"plan"}, "libtpu": {"plan"}}
+CONFINED = {"torch_xla": {"xla"}, "jax": {"plan", "xla"}, "jaxlib": {"plan"}, "libtpu": {"plan"}}
 
 
 def place(module: str) -> int:

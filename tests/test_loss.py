@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_xla.model.config import PRESETS
 from gemma_xla.model.gemma import Gemma, init_parameter
-from gemma_xla.model.loss import chunked_cross_entropy
+from gemma_xla.model.loss import Layout, chunked_cross_entropy
 from tests.reference import assert_close, random_ids, summed_loss
 
 B, T, D, V = 2, 10, 24, 57
@@ -26,7 +26,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 
 def chunked(h, weight, labels, chunk: int, factor: float = 1.0, parts: int = 1):
     """Loss and gradients of ``factor`` times the loss."""
-    loss = chunked_cross_entropy(h, weight, labels, chunk, parts)
+    loss = chunked_cross_entropy(h, weight, labels, chunk, Layout(parts))
     return loss, *torch.autograd.grad(factor * loss, (h, weight))
 
 

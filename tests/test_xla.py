@@ -74,6 +74,17 @@ def test_scan_on_a_mesh_with_a_tensor_axis():
 
 
 @pytest.mark.xla
+@pytest.mark.parametrize(
+    "keep",
+    [{"attention": 9}, {"q_proj": 1, "o_proj": 1, "gate_proj": 1, "up_proj": 9}],
+    ids=["one loop", "two loops"],
+)
+def test_activations_that_are_kept_change_no_number(keep):
+    result = _check({"devices": 4, "mesh": [2, 2, 1], "layers": "scan", "remat": "full", "keep": keep})
+    assert result["compilations"] == [1, 0, 0, 0]
+
+
+@pytest.mark.xla
 def test_gradient_accumulation_compiles_three_graphs_once():
     result = _check({"devices": 4, "mesh": [1, 4, 1], "grad_accum": 2})
     assert result["compilations"] == [2, 0, 0, 0]
@@ -135,3 +146,16 @@ def test_adapters_give_the_same_numbers_on_any_mesh(base, kind, devices, mesh, c
     assert result["parts"] == [[[96 // (fsdp * tensor), 8]] * (fsdp * tensor)] * 4
     # They learn something.
     assert expected["losses"][-1] != pytest.approx(expected["losses"][0], rel=1e-2)
+
+
+@pytest.mark.xla
+def test_dropout_in_scanned_layers_is_the_same_forwards_and_backwards(base):
+    """With other random choices in the backward pass, a step along the gradient would not lower the same loss."""
+    lora = KINDS["plain"] | {"dropout": 0.5}
+    spec = {"from": base, "lora": lora, "rates": [0.0, 1e-2], "steps": 2, "devices": 2, "mesh": [1, 2, 1]}
+    results = [run_in_process(spec | {"layers": "scan", "remat": remat}) for remat in ("none", "full")]
+    # The same choices whatever is kept: the loops draw them in the forward pass alone.
+    assert results[0]["losses"] == pytest.approx(results[1]["losses"], rel=1e-5)
+    assert results[0]["grad_norms"] == pytest.approx(results[1]["grad_norms"], rel=1e-4)
+    without = run_in_process(spec | {"lora": KINDS["plain"], "layers": "scan"})
+    assert abs(results[0]["grad_norms"][1] / without["grad_norms"][1] - 1) > 1e-2

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "mesh": [1, 1, 1],
     "layers": "loop",
     "remat": "none",
+    "keep": {},
     "grad_accum": 1,
     "steps": 4,
     "clip_norm": 1.0,
@@ -74,8 +75,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     lora = LoraSection(**spec["lora"]) if spec["lora"] else None
     if lora:
         make = adapted(HfReader(spec["from"]), backend, 0)
-    model, specs = build_model(config, backend, make, backend.attention, lora)
-    train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"])
+    model, specs = build_model(config, backend, make, backend.attention(config.head_dim, 32), lora)
+    train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"], keep=spec["keep"])
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
     step = TrainStep(model, optimizer, backend, clip_norm=spec["clip_norm"], loss_chunk=16)

@@ -10,6 +10,9 @@ from gemma_xla.errors import UserError, nearest
 
 # The modules of a layer that hold matrices; an adapter can stand beside each.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The results of a layer's matrix products that a backward pass needs: beside them and the layer's input, only cheap
+# things have to be computed again. "attention" is what comes out of it, with the kernel's log-sum-exp.
+ACTIVATIONS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -183,3 +186,8 @@ def preset(name: str) -> GemmaConfig:
     if name not in PRESETS:
         raise UserError(f"model.preset: no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def splash_takes(head_dim: int, positions: int) -> bool:
+    """Whether the attention kernel for TPUs takes rows of so many positions: whole vectors alone, of 128 values."""
+    return head_dim % 128 == 0 and positions % 128 == 0

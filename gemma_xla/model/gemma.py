@@ -15,7 +15,7 @@ from torch import nn
 from gemma_xla.model.attention import Mask
 from gemma_xla.model.config import GemmaConfig
 from gemma_xla.model.layers import Cache, GemmaDecoderLayer, RMSNorm, rope_table
-from gemma_xla.model.loss import chunked_cross_entropy, loss_and_hits
+from gemma_xla.model.loss import Layout, chunked_cross_entropy, loss_and_hits
 
 
 class GemmaModel(nn.Module):
@@ -73,7 +73,7 @@ class Gemma(nn.Module):
         shift_labels: torch.Tensor | None = None,
         *,
         loss_chunk: int = 512,
-        loss_parts: int = 1,
+        loss_layout: Layout | None = None,
         count_hits: bool = False,
         logits_at: torch.Tensor | None = None,
         mask: Mask | None = None,
@@ -89,7 +89,7 @@ class Gemma(nn.Module):
             shift_labels: the token that follows each position, ``[B, T]``, -100 where none is to be learnt. The result
                 is then the sum of the cross entropy over all others, a float32 scalar.
             loss_chunk: positions per row whose logits exist at one time (with labels only).
-            loss_parts: equal parts of the batch on devices of their own (see `chunked_cross_entropy`).
+            loss_layout: where the loss is computed; None: on one device.
             count_hits: with labels: return also how many of them are the likeliest token, ``[2]`` in all.
             logits_at: one position of each row, ``[B, T]`` with a single one among zeros; only its logits are
                 returned, ``[B, V]``.
@@ -103,7 +103,7 @@ class Gemma(nn.Module):
         if shift_labels is not None:
             if count_hits:
                 return loss_and_hits(h_BTD, weight_VD, shift_labels, loss_chunk)
-            return chunked_cross_entropy(h_BTD, weight_VD, shift_labels, loss_chunk, loss_parts)
+            return chunked_cross_entropy(h_BTD, weight_VD, shift_labels, loss_chunk, loss_layout)
         if logits_at is not None:
             h_BTD = (h_BTD * logits_at[..., None]).sum(1).to(h_BTD.dtype)
         return F.linear(h_BTD, weight_VD)

@@ -18,6 +18,7 @@ from gemma_xla.errors import UserError, nearest
 from gemma_xla.flops import projections
 from gemma_xla.model.config import LORA_TARGETS, GemmaConfig
 from gemma_xla.model.gemma import Gemma, seed_of
+from gemma_xla.model.kept import kept
 
 
 class LoraLinear(nn.Linear):
@@ -38,7 +39,7 @@ class LoraLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plain = F.linear(x, self.weight)
         dropping = self.training and self.dropout > 0
-        dropped = F.dropout(x, self.dropout) if dropping else x
+        dropped = kept().dropout(x, self.dropout) if dropping else x
         # Scaled where it is narrow.
         added = F.linear(F.linear(dropped, self.lora_A.weight) * self.scaling, self.lora_B.weight)
         if not self.use_dora:

@@ -8,13 +8,47 @@ Shape letters: B batch rows, P parts of them, T positions, C positions in a chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 IGNORE_INDEX = -100
 
+Tensors = list[torch.Tensor]
+
+
+class Layout:
+    """Where the loss is computed, and in what order: here on one device, one chunk after the other.
+
+    Attributes:
+        parts: equal parts of the batch that lie on devices of their own, though the tensors look whole. The gradient of
+            the output embedding is added up in each of them, and over them once.
+    """
+
+    def __init__(self, parts: int = 1) -> None:
+        self.parts = parts
+
+    def apart(self, x_P: torch.Tensor) -> torch.Tensor:
+        """Split a tensor's first dimension, which is `parts` long, over the devices."""
+        return x_P
+
+    def fold(
+        self, step: Callable[[Tensors, Tensors], tuple[Tensors, torch.Tensor]], carry: Tensors, chunks: list[Tensors]
+    ) -> tuple[Tensors, Tensors]:
+        """Call ``step`` with what is carried and a chunk, again and again; return what is carried and all results."""
+        results = []
+        for chunk in chunks:
+            carry, result = step(carry, chunk)
+            results.append(result)
+        return carry, results
+
 
 def chunked_cross_entropy(
-    h_BTD: torch.Tensor, weight_VD: torch.Tensor, shift_labels_BT: torch.Tensor, chunk: int = 512, parts: int = 1
+    h_BTD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    shift_labels_BT: torch.Tensor,
+    chunk: int = 512,
+    layout: Layout | None = None,
 ) -> torch.Tensor:
     """Sum over positions of ``-log softmax(h @ weight.T)[label]``, a float32 scalar.
 
@@ -23,11 +57,10 @@ def chunked_cross_entropy(
         weight_VD: the output embedding.
         shift_labels_BT: the token that follows each position (already shifted); -100: not counted.
         chunk: positions per row whose logits exist at one time.
-        parts: equal parts of the batch that lie on devices of their own, though the tensors look whole. The gradient
-            of the output embedding is added up in each of them, and over them once.
+        layout: None: one device.
     """
     if torch.is_grad_enabled() and (h_BTD.requires_grad or weight_VD.requires_grad):
-        return _ChunkedCrossEntropy.apply(h_BTD, weight_VD, shift_labels_BT, chunk, parts)
+        return _ChunkedCrossEntropy.apply(h_BTD, weight_VD, shift_labels_BT, chunk, layout or Layout())
     chunks, ids_V = _chunks(h_BTD, shift_labels_BT, chunk), _ids(weight_VD)
     return sum(_nll(h_BCD @ weight_VD.T, labels_BC, ids_V)[0] for h_BCD, labels_BC in chunks)
 
@@ -47,23 +80,28 @@ def loss_and_hits(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_BTD, weight_VD, shift_labels_BT, chunk, parts):
-        total = torch.zeros((), dtype=torch.float32, device=h_BTD.device)
-        # Each chunk adds to every entry: bfloat16 would lose the small ones.
-        grad_weight_PVD = 0.0 if ctx.needs_input_grad[1] else None
-        grad_h, ids_V = [], _ids(weight_VD)
-        for h_BCD, labels_BC in _chunks(h_BTD, shift_labels_BT, chunk):
-            nll, grad_logits_BCV = _nll(h_BCD @ weight_VD.T, labels_BC, ids_V, with_grad=True)
-            total = total + nll
-            grad_logits_BCV = grad_logits_BCV.to(h_BTD.dtype)
+    def forward(ctx, h_BTD, weight_VD, shift_labels_BT, chunk, layout: Layout):
+        trains = ctx.needs_input_grad[1]
+
+        def step(carry: Tensors, inputs: Tensors) -> tuple[Tensors, torch.Tensor]:
+            (total, weight_VD, *sums_PVD), (h_BCD, labels_BC) = carry, inputs
+            nll, grad_logits_BCV = _nll(h_BCD @ weight_VD.T, labels_BC, _ids(weight_VD), with_grad=True)
+            grad_logits_BCV = grad_logits_BCV.to(h_BCD.dtype)
             # What is not counted is left out where rows are narrow.
             counted_BC1 = (labels_BC != IGNORE_INDEX)[..., None]
-            grad_h.append((grad_logits_BCV @ weight_VD) * counted_BC1)
-            if grad_weight_PVD is not None:
-                apart = ((x.unflatten(0, (parts, -1))) for x in (grad_logits_BCV, h_BCD * counted_BC1))
-                grad_weight_PVD = grad_weight_PVD + torch.einsum("pbcv,pbcd->pvd", *apart).float()
-        grad_weight_VD = None if grad_weight_PVD is None else grad_weight_PVD.sum(0)
-        ctx.save_for_backward(torch.cat(grad_h, dim=1), grad_weight_VD)
+            if trains:
+                apart = ((x.unflatten(0, (layout.parts, -1))) for x in (grad_logits_BCV, h_BCD * counted_BC1))
+                sums_PVD = [sums_PVD[0] + torch.einsum("pbcv,pbcd->pvd", *apart).float()]
+            return [total + nll, weight_VD, *sums_PVD], (grad_logits_BCV @ weight_VD) * counted_BC1
+
+        carry = [torch.zeros((), dtype=torch.float32, device=h_BTD.device), weight_VD]
+        if trains:
+            # Each chunk adds to every entry: bfloat16 would lose the small ones.
+            shape = (layout.parts, *weight_VD.shape)
+            carry.append(layout.apart(torch.zeros(shape, dtype=torch.float32, device=h_BTD.device)))
+        chunks = [list(inputs) for inputs in _chunks(h_BTD, shift_labels_BT, chunk)]
+        (total, _, *sums_PVD), grad_h = layout.fold(step, carry, chunks)
+        ctx.save_for_backward(torch.cat(grad_h, dim=1), sums_PVD[0].sum(0) if trains else None)
         ctx.weight_dtype = weight_VD.dtype
         return total
 

@@ -57,14 +57,15 @@ class Fabric:
     torus: Torus
     link_bandwidth: float
 
-    def price(self, instruction: Instruction, operands: list[Array]) -> Transfer:
+    def price(self, instruction: Instruction, operands: list[Array], *, scatters: bool = False) -> Transfer:
         """Price one collective instruction.
 
         Args:
             instruction: it, or what starts it where it is asynchronous.
             operands: the arrays it takes.
+            scatters: an all-reduce of which each chip keeps only its part, which the compiler makes one operation.
         """
-        kind = instruction.opcode.removesuffix("-start")
+        kind = "reduce-scatter" if scatters else instruction.opcode.removesuffix("-start")
         taken = sum(array.num_bytes for array in operands)
         if kind == "collective-permute":
             return self._permute(instruction, taken)

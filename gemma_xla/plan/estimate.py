@@ -32,6 +32,8 @@ from gemma_xla.plan.traffic import BOOKKEEPING, FREE, UNPRICED, moved_bytes
 from gemma_xla.sharding import MeshShape
 
 _START = 'custom_call_target="AsyncCollectiveStart"'
+# How the compiler names the computation of a fusion that is a reduce-scatter.
+_SCATTER = "all-reduce-scatter"
 _TARGET = r'custom_call_target="([^"]*)"'
 
 
@@ -156,7 +158,8 @@ class _Walk:
         ]
 
     def _priced(self, instruction: Instruction, computation: Computation, overlaps: bool) -> Collective:
-        found = self.fabric.price(instruction, computation.taken(instruction))
+        scatters = instruction.opcode == "all-reduce" and computation.name.startswith(_SCATTER)
+        found = self.fabric.price(instruction, computation.taken(instruction), scatters=scatters)
         return Collective(found.kind, found.axis, 1, found.num_bytes, found.seconds, overlaps)
 
 

@@ -3,7 +3,8 @@
 The table holds what splash attention needs for one block of 1024 queries and 1024 keys (computed 512 keys at a time,
 head dimension 256), read from the compiler's own schedule of the kernels: bundles of the inner loop in the dumps of
 libtpu 0.0.21 (``LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"``), 2026-11. The blocks that run
-are taken to be those of a causal mask, n (n + 1) / 2 of n x n. Kernels of other names, sizes and chips have no price.
+are taken to be those of a causal mask, n (n + 1) / 2 of n x n; blocks that are stepped over count nothing. Kernels of
+other names, sizes and chips have no price.
 """
 
 from __future__ import annotations
@@ -17,13 +18,25 @@ from gemma_xla.plan.hlo import Array, Instruction
 TARGET = "tpu_custom_call"
 
 _BLOCK, _HEAD_DIM = 1024, 256
-# By chip: pattern of the name, arrays it returns (scratch included: the fused backward kernel has more), cycles.
+_FORWARD = r"residuals_block_kv_1024_block_kv_compute_512_.*_block_q_1024_"
+_KEYS = r"block_kv_dkv_1024_block_kv_dkv_compute_512_block_q_dkv_1024_"
+_QUERIES = r"block_kv_dq_1024_block_q_dq_1024_"
+# By chip: the name after "splash_mha_" or "splash_mqa_", the arrays it returns (scratch included: the fused backward
+# kernel has more), cycles. v5p deals the forward kernel's blocks out to both of its cores, the others' to one.
 _CYCLES = {
     "v5e": (
-        (r"splash_m[hq]a_fwd_residuals_block_kv_1024_block_kv_compute_512_.*_block_q_1024_", 5, 9049),
-        (r"splash_m[hq]a_dkv_block_kv_dkv_1024_block_kv_dkv_compute_512_block_q_dkv_1024_", 4, 16715),
-        (r"splash_m[hq]a_dq_block_kv_dq_1024_block_q_dq_1024_", 2, 12500),
-    )
+        (f"fwd_{_FORWARD}", 5, 9049),
+        (f"fwd_segmented_{_FORWARD}", 5, 9094),
+        (f"dkv_{_KEYS}", 4, 16715),
+        (f"dkv_segmented_{_KEYS}", 4, 16788),
+        (f"dq_{_QUERIES}", 2, 12500),
+        (f"dq_segmented_{_QUERIES}", 2, 12549),
+    ),
+    "v5p": (
+        (f"fwd_segmented_{_FORWARD}", 5, 9211 / 2),
+        (f"dkv_segmented_{_KEYS}", 4, 16833),
+        (f"dq_segmented_{_QUERIES}", 2, 12602),
+    ),
 }
 
 
@@ -32,7 +45,7 @@ def kernel_name(instruction: Instruction) -> str:
     return re.sub(r"\.\d+$", "", instruction.name)
 
 
-def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -> int | None:
+def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -> float | None:
     """Cycles that a kernel takes; None where they are not known.
 
     Args:
@@ -41,7 +54,7 @@ def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -
         chip: what it runs on.
     """
     for name, results, cycles in _CYCLES.get(chip.name, ()):
-        if re.match(name, instruction.name) and len(instruction.arrays) == results:
+        if re.match(rf"(vmap_)?splash_m[hq]a_{name}", instruction.name) and len(instruction.arrays) == results:
             *heads, num_queries, head_dim = operands[2].dims
             if head_dim == _HEAD_DIM and operands[3].dims[-2] == num_queries and num_queries % _BLOCK == 0:
                 side = num_queries // _BLOCK

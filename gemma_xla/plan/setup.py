@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gemma_xla.config import RunConfig
 from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter
-from gemma_xla.model.config import PRESETS, GemmaConfig, preset
+from gemma_xla.model.config import PRESETS, GemmaConfig, preset, splash_takes
 from gemma_xla.plan.slices import Hardware
 from gemma_xla.storage import location
 
@@ -60,6 +60,17 @@ class Setup:
     def rows(self) -> int:
         """Sequences per step on all chips together."""
         return self.micro_batch_rows * self.hardware.count * self.config.train.grad_accum
+
+    @property
+    def uses_splash(self) -> bool:
+        """Whether attention is the kernel that keeps no scores."""
+        return self.config.model.attention == "auto" and splash_takes(self.model.head_dim, self.flops.seq_len)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Where layers are a compiled loop: in how many of them each named activation is kept for the backward pass."""
+        train = self.config.train
+        return {} if train.layers == "loop" else train.kept(self.model.num_hidden_layers)
 
     @cached_property
     def memory(self) -> Memory:

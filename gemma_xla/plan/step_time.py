@@ -58,18 +58,28 @@ def step_time(setup: Setup) -> StepTime:
 def executed_flops(setup: Setup) -> float:
     """FLOPs that a sequence takes, at least: unlike model FLOPs, with what is computed twice or for nothing.
 
-    Attention computes the whole square of scores. With ``remat=full`` the layers' forward pass runs twice, but for
-    `down_proj`, whose output the backward pass does not need. With LoRA nothing below the first layer's adapters needs
-    a gradient, so that layer's backward pass is not counted.
+    Attention computes the whole square of scores, the kernel half of it. With ``remat=full``, or in a compiled loop,
+    the layers' forward pass runs twice, but for what is kept and for `down_proj`, whose output the backward pass does
+    not need. Of attention its output alone helps the kernel alone. With LoRA nothing below the first layer's adapters
+    needs a gradient, so that layer's backward pass is not counted.
     """
-    terms = {term.name: term for term in setup.flops.terms(causal=False)}
-    total = setup.flops.per_sequence(causal=False)
+    causal, num_layers = setup.uses_splash, setup.model.num_hidden_layers
+    terms = {term.name: term for term in setup.flops.terms(causal)}
+    total = setup.flops.per_sequence(causal=causal)
     layers = [terms[name] for name in (*projections(setup.model), "attention")]
     if setup.config.lora:
-        total -= sum(term.training - term.forward for term in layers) / setup.model.num_hidden_layers
-    if setup.config.train.remat == "full":
-        total += sum(term.forward for term in layers) - terms["down_proj"].forward
+        total -= sum(term.training - term.forward for term in layers) / num_layers
+    if computes_twice(setup):
+        kept = setup.kept | {"down_proj": num_layers}
+        if not setup.uses_splash:
+            kept.pop("attention", None)
+        total += sum(term.forward * (1 - kept.get(term.name, 0) / num_layers) for term in layers)
     return total
+
+
+def computes_twice(setup: Setup) -> bool:
+    """Whether the backward pass runs the layers' forward pass again, in part at least."""
+    return setup.config.train.remat == "full" or setup.config.train.layers == "scan"
 
 
 def _ici_bytes(setup: Setup) -> float:
@@ -77,16 +87,17 @@ def _ici_bytes(setup: Setup) -> float:
 
     Weights gathered over fsdp, those of layers for each forward pass; gradients scattered over it and summed over data;
     and, over tensor, the sums of what attention and the feed-forward part give, and of their inputs' gradients. With
-    rematerialisation attention's is needed again. With LoRA the first layer's gradients are not counted.
+    rematerialisation weights and attention's sum are needed again, but for what is kept. With LoRA the first layer's
+    gradients are not counted.
     """
     section, mesh, layers = setup.config.train, setup.hardware.slice_mesh, setup.model.num_hidden_layers
-    remat = section.remat == "full"
+    remat = computes_twice(setup)
     # Of whole weights as they are used; each chip has its part already.
     weights = outer_parameters(setup) + (2 if remat else 1) * layers * layer_parameters(setup)
     gathered = weights * itemsize(setup) * (mesh.fsdp - 1) / mesh.fsdp
     part = gradient_bytes(setup)
     scattered = part * (mesh.fsdp - 1) + _all_reduced(part, mesh.data)
-    sums = layers * (3 if remat else 2) + 2 * (layers - bool(setup.config.lora))
+    sums = layers * (3 if remat else 2) - setup.kept.get("o_proj", 0) + 2 * (layers - bool(setup.config.lora))
     summed = sums * _all_reduced(positions(setup) * setup.model.hidden_size * itemsize(setup), mesh.tensor)
     return section.grad_accum * (gathered + scattered + summed)
 

@@ -20,11 +20,11 @@ def temporaries(setup: Setup, *, frugal: bool = True) -> int:
             it begins to when it has no room for activations.
     """
     section = setup.config.train
-    keeps = section.remat == "none" and not (frugal and section.layers == "loop")
+    # Python's loop keeps whatever the backward pass would have to compute again.
+    keeps = section.remat == "none" and section.layers == "loop" and not frugal
     weights, gradients = _stacked(setup)
     moment = max(_loss(setup), gradients + max(_attention(setup, keeps), _mlp(setup, keeps)))
-    width = _kept_width(setup) if keeps else setup.model.hidden_size
-    moment += weights + positions(setup) * width * setup.model.num_hidden_layers * itemsize(setup)
+    moment += weights + positions(setup) * _kept_values(setup, keeps) * itemsize(setup)
     if setup.config.train.optimizer.clip_norm:
         # None can be used before all are there.
         moment = max(moment, setup.memory.trained * itemsize(setup) // _FLOAT32)
@@ -40,18 +40,40 @@ def _stacked(setup: Setup) -> tuple[int, int]:
     return weights * itemsize(setup), gradients
 
 
-def _kept_width(setup: Setup) -> int:
-    """Values per position and layer that live from the forward to the backward pass without rematerialisation.
-
-    Those that another matmul would have to compute again: the residual stream before attention and before the
-    feed-forward part, queries, keys, values, probabilities, gate and up, and what attention gives to `o_proj` where the
-    gradient of that matrix is asked for.
-    """
-    config, tensor, lora = setup.model, setup.hardware.slice_mesh.tensor, setup.config.lora
+def activation_widths(setup: Setup) -> dict[str, int]:
+    """Values per position on a chip of what may be kept of a layer (`gemma_xla.model.config.ACTIVATIONS`)."""
+    config, tensor = setup.model, setup.hardware.slice_mesh.tensor
     heads, keys = config.num_attention_heads // tensor, config.num_key_value_heads // tensor
-    width = 2 * config.hidden_size + heads * setup.flops.seq_len + 2 * config.intermediate_size // tensor
-    given = lora is None or "o_proj" in lora.target_modules
-    return width + (heads * (2 if given else 1) + 2 * keys) * config.head_dim
+    queries = heads * config.head_dim
+    # The kernel's log-sum-exp is float32.
+    sums = heads * _FLOAT32 // itemsize(setup) if setup.uses_splash else 0
+    return {
+        "q_proj": queries,
+        "k_proj": keys * config.head_dim,
+        "v_proj": keys * config.head_dim,
+        "attention": queries + sums,
+        "o_proj": config.hidden_size,
+        "gate_proj": config.intermediate_size // tensor,
+        "up_proj": config.intermediate_size // tensor,
+    }
+
+
+def _kept_values(setup: Setup, keeps: bool) -> int:
+    """Values per position that live from the forward to the backward pass: each layer's input, and what is kept of it.
+
+    Args:
+        setup: what is planned.
+        keeps: whether it is all that another matmul would have to compute again: probabilities too, but what attention
+            gives to `o_proj` only where the gradient of that matrix is asked for.
+    """
+    layers, widths = setup.model.num_hidden_layers, activation_widths(setup)
+    if not keeps:
+        return layers * setup.model.hidden_size + sum(widths[name] * count for name, count in setup.kept.items())
+    heads = setup.model.num_attention_heads // setup.hardware.slice_mesh.tensor
+    scores = 0 if setup.uses_splash else heads * setup.flops.seq_len
+    if setup.config.lora and "o_proj" not in setup.config.lora.target_modules and not setup.uses_splash:
+        del widths["attention"]
+    return layers * (setup.model.hidden_size + sum(widths.values()) + scores)
 
 
 def _loss(setup: Setup) -> int:
@@ -68,6 +90,8 @@ def _loss(setup: Setup) -> int:
 
 def _attention(setup: Setup, keeps: bool) -> int:
     """One layer's probabilities, if they are not kept anyway, and their gradient, over the whole square."""
+    if setup.uses_splash:
+        return 0
     heads = setup.model.num_attention_heads // setup.hardware.slice_mesh.tensor
     scores = positions(setup) * setup.flops.seq_len * heads * itemsize(setup)
     return scores * (1 if keeps else 2)
@@ -78,7 +102,9 @@ def _mlp(setup: Setup, keeps: bool) -> int:
     config, mesh = setup.model, setup.hardware.slice_mesh
     width = config.intermediate_size // mesh.tensor
     gathered = config.hidden_size if mesh.fsdp > 1 else 0
-    return width * (gathered + positions(setup) * (1 if keeps else 3)) * itemsize(setup)
+    # Those of the last layer, which is first to run backwards, are not kept where only some layers' are.
+    kept = 2 * keeps or sum(setup.kept.get(name) == config.num_hidden_layers for name in ("gate_proj", "up_proj"))
+    return width * (gathered + positions(setup) * (3 - kept)) * itemsize(setup)
 
 
 def positions(setup: Setup) -> int:

@@ -38,10 +38,10 @@ def record(question: dict[str, Any]) -> list[tuple[Graph, int]]:
 
     Args:
         question: ``config`` (a `RunConfig` as a dict), ``model`` (a `GemmaConfig`), ``mesh`` (a `MeshShape`), ``rows``
-            of a micro-batch, ``dtype`` (the compute dtype).
+            of a micro-batch, ``dtype`` (the compute dtype), ``tpu``: false for the graphs of a run on CPUs.
     """
     config, model_config = validate(question["config"], "the plan"), GemmaConfig(**question["model"])
-    backend = PlaceholderBackend(MeshShape(**question["mesh"]))
+    backend = PlaceholderBackend(MeshShape(**question["mesh"]), tpu=question.get("tpu", True))
     dtype = getattr(torch, question["dtype"])
 
     def make(name: str, shape: torch.Size, spec, dtype: torch.dtype) -> torch.Tensor:
@@ -49,7 +49,9 @@ def record(question: dict[str, Any]) -> list[tuple[Graph, int]]:
         return begun[name]
 
     begun: dict[str, torch.Tensor] = {}
-    attention = backend.attention if config.model.attention == "auto" else config.model.attention
+    attention = config.model.attention
+    if attention == "auto":
+        attention = backend.attention(model_config.head_dim, config.data.seq_len)
     model, specs = build_model(model_config, backend, make, attention, config.lora, dtype)
     optimizer = build_optimizer(model, specs, backend, config.train.optimizer)
     backend.seed(config.seed)

@@ -119,7 +119,7 @@ def make_step(
 def summed_loss(model: Gemma, batch: Batch, backend: Backend, loss_chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss of the rows that this process computes, on XLA all, and `counts`, all float32."""
     batch = backend.place_batch(batch, INPUT_SPEC)
-    return model(**batch, loss_chunk=loss_chunk, loss_parts=backend.batch_parts), counts(batch)
+    return model(**batch, loss_chunk=loss_chunk, loss_layout=backend.loss_layout), counts(batch)
 
 
 def counts(batch: Batch) -> torch.Tensor:

@@ -126,7 +126,8 @@ class Trainer:
             make = stored(run.weights, self.backend)
         else:
             make = initial(run.model_config, self.backend, self.config.seed)
-        attention = self.backend.attention if attention == "auto" else attention
+        if attention == "auto":
+            attention = self.backend.attention(run.model_config.head_dim, self.config.data.seq_len)
         self.model, self.specs = build_model(
             run.model_config, self.backend, make, attention, self.config.lora, run.compute_dtype
         )

@@ -21,8 +21,11 @@ from torch import nn
 from gemma_xla.backend import Backend, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
+from gemma_xla.model.config import splash_takes
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
-from gemma_xla.xla.graph import Constrain, scan_layers
+from gemma_xla.xla.attention import use_splash
+from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, scan_layers
+from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
 WIDE = 2**27
@@ -32,7 +35,6 @@ class XlaBackend(Backend):
     """All devices of a TPU slice, or several simulated on a CPU, as one mesh."""
 
     name = "xla"
-    attention = "reference"
 
     def __init__(self, section: MeshSection) -> None:
         xr.use_spmd()
@@ -63,9 +65,11 @@ class XlaBackend(Backend):
     def _lay_out(self, mesh: MeshShape) -> None:
         self.device = torch_xla.device()
         self.mesh = mesh
-        self.batch_shards = self.batch_parts = mesh.batch_shards
+        self.batch_shards = mesh.batch_shards
+        self.loss_layout = MeshLayout(mesh)
         self._mesh = xs.Mesh(np.arange(mesh.num_devices), tuple(getattr(mesh, axis) for axis in AXES), AXES)
         xs.set_global_mesh(self._mesh)
+        use_splash(mesh)
 
     @property
     def device_kind(self) -> str:
@@ -74,9 +78,12 @@ class XlaBackend(Backend):
             return kind.lower()
         return torch_xla.tpu.get_tpu_env()["ACCELERATOR_TYPE"]
 
+    def attention(self, head_dim: int, seq_len: int) -> str:
+        return "splash" if is_for_tpu() and splash_takes(head_dim, seq_len) else "reference"
+
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.float32 if xr.device_type() == "CPU" else torch.bfloat16
+        return torch.bfloat16 if is_for_tpu() else torch.float32
 
     def place(self, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
         # The transfer waits for the annotation, so each device receives its part alone.
@@ -119,15 +126,18 @@ class XlaBackend(Backend):
     def constrain(self, tensor: torch.Tensor, forward: Spec, backward: Spec) -> torch.Tensor:
         if self.mesh.num_devices == 1:
             return tensor
-        return Constrain.apply(tensor, repr(forward), repr(backward))
+        return Constrain.apply(tensor, forward, backward)
+
+    def fence(self, tensor: torch.Tensor, *, value: bool = False, gradient: bool = False) -> torch.Tensor:
+        return Fence.apply(tensor, value, gradient)
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint
 
         return checkpoint(function, *args, preserve_rng_state=draws)
 
-    def scan_layers(self, layers: nn.ModuleList, h: torch.Tensor, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
-        return scan_layers(layers, h, cos, sin, segment_ids, remat)
+    def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
+        return scan_layers(layers, h, cos, sin, segment_ids, kept)
 
     def optimizer_options(self) -> dict[str, bool]:
         # The step count lives on the device: bias correction is part of the graph, not a new constant in each step.

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import ast
+from dataclasses import dataclass
 
 import torch
 import torch_xla
+import torch_xla.debug.profiler as xp
 import torch_xla.distributed.spmd as xs
 from torch import nn
+from torch_xla.experimental.scan import _scan_impl_flat
 
 from gemma_xla.model.attention import Mask
+from gemma_xla.model.kept import Kept, Noting, Replaying, using
+from gemma_xla.model.loss import Layout
+from gemma_xla.sharding import BATCH, MeshShape, Spec
+from gemma_xla.xla.unfilled import Unfilled
 
 
-@torch.library.custom_op("gemma_xla::constrain", mutates_args=())
-def _constrain(tensor: torch.Tensor, spec: str) -> torch.Tensor:
-    """A copy of ``tensor`` split as ``spec`` (the repr of a spec) says; an operator so that a scan can trace it."""
+def _constrain(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """A copy of ``tensor`` split as ``spec`` says."""
     # `clone` would keep an annotation the tensor already has, which cannot be replaced.
     copy = tensor * 1
-    torch_xla._XLAC._xla_mark_sharding(copy, xs.get_global_mesh().get_op_sharding(ast.literal_eval(spec)))
+    torch_xla._XLAC._xla_mark_sharding(copy, xs.get_global_mesh().get_op_sharding(spec))
     return copy
-
-
-@_constrain.register_fake
-def _(tensor: torch.Tensor, spec: str) -> torch.Tensor:
-    return torch.empty_like(tensor)
 
 
 class Constrain(torch.autograd.Function):
@@ -37,29 +37,134 @@ class Constrain(torch.autograd.Function):
         return _constrain(grad, ctx.backward_spec), None, None
 
 
-def scan_layers(layers: nn.ModuleList, h, cos, sin, segment_ids, remat: bool) -> torch.Tensor:
-    """One traced layer inside XLA's `While`, fed with the stacked parameters of all layers."""
-    import torch._functorch.config as functorch_config
-    import torch_xla.experimental.scan as scan_module
-    from functorch.compile import default_partition, min_cut_rematerialization_partition
+class MeshLayout(Layout):
+    """The loss of a batch whose rows are split over a mesh: a loop that is compiled once."""
 
-    # It would import jax and flax only to give gradients the sharding of parameters, which `constrain` already does.
-    scan_module.shard_as = lambda a, b: (a, b)
-    template = layers[0]
-    names = [name for name, _ in template.named_parameters()]
+    def __init__(self, mesh: MeshShape) -> None:
+        super().__init__(mesh.batch_shards)
+
+    def apart(self, x_P):
+        return x_P if self.parts == 1 else _constrain(x_P, (BATCH, *(None for _ in x_P.shape[1:])))
+
+    def fold(self, step, carry, chunks):
+        if len(chunks) == 1:
+            return super().fold(step, carry, chunks)
+        # What is left over is one more chunk, of a size of its own.
+        whole = [chunk for chunk in chunks if chunk[0].shape == chunks[0][0].shape]
+
+        def body(carry, inputs):
+            with xp.Trace("loss"):
+                carry, result = step(carry, inputs)
+            return carry, [result]
+
+        carry, (results,) = _scan_impl_flat(body, carry, [torch.stack(inputs) for inputs in zip(*whole, strict=True)])
+        carry, rest = super().fold(step, list(carry), chunks[len(whole) :])
+        return carry, [*results.unbind(), *rest]
+
+
+class Fence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, value, gradient):
+        ctx.gradient = gradient
+        return _fenced(tensor) if value else tensor * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (_fenced(grad) if ctx.gradient else grad), None, None
+
+
+def _fenced(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor * 1
+    torch_xla._XLAC._xla_optimization_barrier_([copy])
+    return copy
+
+
+def scan_layers(
+    layers: nn.ModuleList, h_BTD: torch.Tensor, cos, sin, segment_ids_BT, kept: dict[str, int]
+) -> torch.Tensor:
+    """Apply equal layers in XLA loops, each compiled once and fed with the stacked parameters of its layers.
+
+    Args:
+        layers: the first one stands for all.
+        h_BTD: what goes into the first layer.
+        kept: activations that the backward pass need not compute again (`gemma_xla.model.config.ACTIVATIONS`), and in
+            how many of the first layers. Layers that keep the same are one loop.
+    """
+    constants = [x for x in (cos, sin, segment_ids_BT) if x is not None]
+    names = [name for name, _ in layers[0].named_parameters()]
     per_layer = [dict(layer.named_parameters()) for layer in layers]
-    stacked = tuple(torch.stack([parameters[name] for parameters in per_layer]) for name in names)
+    ends = sorted({min(count, len(layers)) for count in kept.values()} | {len(layers)})
+    for start, end in zip([0, *ends], ends, strict=False):
+        stacked = [torch.stack([parameters[name] for parameters in per_layer[start:end]]) for name in names]
+        keeps = frozenset(name for name, count in kept.items() if count > start)
+        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled())
+        h_BTD = _Layers.apply(loop, h_BTD, *constants, *stacked)
+    return h_BTD
 
-    def one_layer(carry, weights):
-        h, cos, sin, *segments = carry
-        args = (h, cos, sin, Mask(*segments))
-        h = torch.func.functional_call(template, dict(zip(names, weights, strict=True)), args)
-        return (h, cos.clone(), sin.clone(), *(s.clone() for s in segments)), None
 
-    # What is carried must be able to have a gradient; a float32 holds every segment id exactly.
-    segments = () if segment_ids is None else (segment_ids.float(),)
-    partition = min_cut_rematerialization_partition if remat else default_partition
-    # A budget of zero: nothing but the layer's inputs is kept for the backward pass.
-    with functorch_config.patch(activation_memory_budget=0.0 if remat else 1.0):
-        (h, *_), _ = scan_module.scan(one_layer, (h, cos, sin, *segments), stacked, partition_fn=partition)
-    return h
+@dataclass
+class _Loop:
+    layer: nn.Module
+    names: list[str]
+    kept: frozenset[str]
+    num_constants: int
+    has_backward: bool
+
+    def split(self, tensors):
+        return tensors[: self.num_constants], tensors[self.num_constants :]
+
+    def run(self, h, constants, weights, kept: Kept) -> torch.Tensor:
+        cos, sin, *segments = constants
+        weights = dict(zip(self.names, weights, strict=True))
+        with using(kept):
+            return torch.func.functional_call(self.layer, weights, (h, cos, sin, Mask(*segments)))
+
+
+class _Layers(torch.autograd.Function):
+    """Layers whose backward pass is a loop too: it runs each layer again, but for what was kept of it."""
+
+    @staticmethod
+    def forward(ctx, loop: _Loop, h, *tensors):
+        constants, stacked = loop.split(tensors)
+        noted: list[Noting] = []
+
+        def body(carry, weights):
+            h, *constants = carry
+            noted.append(Noting(loop.kept))
+            with xp.Trace("layer"):
+                out = loop.run(h, constants, weights, noted[-1])
+            if not loop.has_backward:
+                return [out, *constants], []
+            values = [value for name in noted[-1].values for value in noted[-1].values[name]]
+            return [out, *constants], [h * 1, *values]
+
+        with Unfilled() as buffers:
+            (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], list(stacked))
+        ctx.loop, ctx.kept = loop, {name: len(values) for name, values in noted[-1].values.items()}
+        ctx.save_for_backward(*constants, *stacked, *kept)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        loop = ctx.loop
+        constants, rest = loop.split(ctx.saved_tensors)
+        stacked, (inputs, *kept) = rest[: len(loop.names)], rest[len(loop.names) :]
+        trained = [i for i, needed in enumerate(ctx.needs_input_grad[2 + loop.num_constants :]) if needed]
+
+        def body(carry, x):
+            grad, *constants = carry
+            h, *rest = x
+            values, weights = iter(rest[: len(kept)]), [weight.detach() for weight in rest[len(kept) :]]
+            given = {name: [next(values) for _ in range(count)] for name, count in ctx.kept.items()}
+            h = h.detach().requires_grad_()
+            for i in trained:
+                weights[i].requires_grad_()
+            with torch.enable_grad(), xp.Trace("layer_backward"):
+                out = loop.run(h, constants, weights, Replaying(given))
+                grad_h, *grads = torch.autograd.grad(out, [h, *(weights[i] for i in trained)], grad)
+            return [grad_h, *constants], grads
+
+        with torch.no_grad():
+            (grad, *_), grads = _scan_impl_flat(body, [grad, *constants], [inputs, *kept, *stacked], reverse=True)
+        by_weight = dict(zip(trained, grads, strict=True))
+        return None, grad, *(None for _ in constants), *(by_weight.get(i) for i in range(len(stacked)))

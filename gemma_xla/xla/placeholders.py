@@ -17,6 +17,7 @@ import torch_xla.runtime as xr
 
 from gemma_xla.sharding import MeshShape, Spec
 from gemma_xla.xla.backend import XlaBackend
+from gemma_xla.xla.tpu import record_for_tpu
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,23 @@ class _Held:
 
 
 class PlaceholderBackend(XlaBackend):
-    """A TPU slice without the slice."""
+    """A slice without the slice."""
 
-    def __init__(self, mesh: MeshShape) -> None:
+    def __init__(self, mesh: MeshShape, *, tpu: bool = True) -> None:
+        """
+        Args:
+            mesh: its devices.
+            tpu: whether they are TPUs, which have kernels of their own; else CPUs.
+        """
         xr.use_spmd()
+        if tpu:
+            record_for_tpu()
         # One CPU stands for all devices: autograd cannot tell more than 127 apart.
         xr.global_runtime_device_count = lambda: mesh.num_devices
         torch_xla._XLAC._init_computation_client()
         self._lay_out(mesh)
         # By the identity of what was handed out.
         self._held: dict[int, _Held] = {}
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16
 
     def place(self, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
         return self.placeholder(tensor.shape, tensor.dtype, spec, "scalars")

@@ -11,10 +11,10 @@ LORA = {"rank": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
 def a_config(*changes: str, **sections) -> RunConfig:
-    """Gemma 2B with 8192 tokens and a row on each chip, layers scanned, unless changed."""
+    """Gemma 2B with 8192 tokens and a row on each chip, layers scanned, reference attention, unless changed."""
     tree = {
         "output_dir": "runs/x",
-        "model": {"preset": "gemma-2b"},
+        "model": {"preset": "gemma-2b", "attention": "reference"},
         "data": {"train": {"path": "x.txt"}, "seq_len": 8192},
         "mesh": {},
         "train": {"steps": 10, "batch_size_per_device": 1, "remat": "full", "layers": "scan", "loss_chunk": 512},

@@ -24,6 +24,7 @@ GIB = 2**30
 D, F, L, N, H, V, T = 2048, 16384, 18, 8, 256, 256000, 8192
 LAYER = D * (N * H + 2 * H) + N * H * D + 3 * D * F
 NORMS = (2 * L + 1) * D
+TRAIN = {"steps": 10, "batch_size_per_device": 1, "remat": "full", "layers": "scan", "loss_chunk": 512}
 
 
 def test_what_programs_may_use():
@@ -69,16 +70,20 @@ def test_the_feed_forward_part_is_largest_where_rows_are_short():
 
 def test_without_rematerialisation_a_loop_keeps_what_matmuls_need():
     plain = temporaries(a_setup("train.remat=none"))
-    width = 2 * D + N * T + (2 * N + 2) * H + 2 * F
+    width = 2 * D + (2 * N + 2) * H + 2 * F
     loss = 512 * V * 2 + V * D * 6
-    assert plain == L * T * width * 2 + L * LAYER // 256 * 2 + loss
-    # Unrolled, the compiler may compute it again; expected is that it does not.
+    # Beside the loop's gradients in float32: one layer's probabilities and their gradient.
+    backward = L * LAYER // 256 * 4 + 2 * N * T * T * 2
+    assert plain == L * T * width * 2 + L * LAYER // 256 * 2 + max(loss, backward)
+    # Unrolled, probabilities too are kept, the compiler may compute it again; expected is that it does not.
     unrolled = a_setup("train.remat=none", "train.layers=loop")
     assert temporaries(unrolled) == L * T * D * 2 + loss
-    assert temporaries(unrolled, frugal=False) == L * T * width * 2 + loss
+    assert temporaries(unrolled, frugal=False) == L * T * (width + N * T) * 2 + loss
     # The input of o_proj is kept for its weight's gradient alone.
-    lora = a_setup("train.remat=none", lora=LORA), a_setup("train.remat=none", lora={"rank": 16})
-    assert temporaries(lora[1]) - temporaries(lora[0]) == L * T * N * H * 2
+    loop = "train.remat=none", "train.layers=loop"
+    lora = a_setup(*loop, lora=LORA), a_setup(*loop, lora={"rank": 16})
+    few, all_ = (temporaries(setup, frugal=False) for setup in lora)
+    assert all_ - few == L * T * N * H * 2
 
 
 def test_the_end_of_the_step_holds_all_gradients_at_once():
@@ -107,18 +112,32 @@ def test_executed_flops_by_hand():
     forward = 2 * T * LAYER + 4 * N * H * T * T
     model = counter.per_sequence(causal=False)
     assert model == 3 * L * forward + 6 * T * V * D
-    assert executed_flops(a_setup("train.remat=none")) == model
+    assert executed_flops(a_setup("train.remat=none", "train.layers=loop")) == model
     assert executed_flops(a_setup()) == model + L * (forward - 2 * T * D * F)
+    # In a compiled loop the matrix products' results are kept, probabilities are not.
+    assert executed_flops(a_setup("train.remat=none")) == model + L * 4 * N * H * T * T
+
+
+def test_what_the_kernel_and_what_is_kept_save():
+    keep = {"attention": 18, "gate_proj": 6}
+    setup = a_setup("model.attention=auto", train=TRAIN | {"keep": keep})
+    kept = L * T * (D + N * H + 2 * N) + 6 * T * F
+    assert setup.kept == keep
+    # No scores; the log-sum-exp takes two of bfloat16's places.
+    assert temporaries(setup) == kept * 2 + L * LAYER // 256 * 2 + 512 * V * 2 + V * D * 6
+    # The kernel leaves out half of the square; what is kept is not computed again.
+    again = 2 * T * (LAYER - D * F) * L - 6 * 2 * T * D * F
+    assert executed_flops(setup) == setup.flops.per_sequence(causal=True) + again
 
 
 def test_lora_counts_no_gradient_below_the_first_adapter():
-    setup = a_setup("train.remat=none", lora=LORA)
+    setup = a_setup("train.remat=none", "train.layers=loop", lora=LORA)
     backward = 2 * T * LAYER + 2 * 4 * N * H * T * T
     assert setup.flops.per_sequence(causal=False) - executed_flops(setup) == pytest.approx(backward, rel=1e-12)
 
 
 def test_the_time_by_hand():
-    setup = a_setup("train.grad_accum=2", "train.remat=none")
+    setup = a_setup("train.grad_accum=2", "train.remat=none", "train.layers=loop")
     time = step_time(setup)
     assert time.compute == pytest.approx(2 * executed_flops(setup) / 197e12)
     # Weights and two moments, four bytes each, read and written.
@@ -139,7 +158,8 @@ def test_what_hides_behind_what():
 
 
 def test_sums_over_the_tensor_axis_travel():
-    base = a_setup("mesh.fsdp=1", "mesh.tensor=8", "mesh.data=1", "train.remat=none", topology="v5e-8")
+    mesh = "mesh.fsdp=1", "mesh.tensor=8", "mesh.data=1"
+    base = a_setup(*mesh, "train.remat=none", "train.layers=loop", topology="v5e-8")
     # Four sums per layer of [T, D] in bfloat16, each received twice but for the own eighth.
     assert step_time(base).ici == pytest.approx(4 * L * 2 * T * D * 2 * 7 / 8 / (4 * 45e9))
 
@@ -177,11 +197,11 @@ def test_traffic_between_slices_by_hand():
 
 
 def test_advice_names_what_suffices_and_predicts_what_it_would_take():
-    setup = a_setup("train.remat=none", "train.batch_size_per_device=4")
+    setup = a_setup("train.remat=none", "train.layers=loop", "train.batch_size_per_device=4")
     lines = advice(setup, bounds(setup)[0])
     assert lines[0].startswith("train.remat=full: about ")
     assert "fits" in lines[0]
-    changed, _ = bounds(a_setup("train.batch_size_per_device=4"))
+    changed, _ = bounds(a_setup("train.layers=loop", "train.batch_size_per_device=4"))
     assert f"about {changed.used / GIB:.2f} of 15.75 GiB" in lines[0]
     # A quarter of the rows does not suffice, so it is not there.
     assert not any(line.startswith("train.batch_size_per_device") for line in lines)
@@ -210,7 +230,7 @@ def test_advice_scales_with_what_the_compiler_found():
 
 
 def test_advice_puts_changes_together_where_none_suffices_alone():
-    setup = a_setup("train.remat=none", "train.batch_size_per_device=32")
+    setup = a_setup("train.remat=none", "train.layers=loop", "train.batch_size_per_device=32")
     lines = advice(setup, bounds(setup)[0])
     assert "train.remat=full" in lines[0]
     assert "train.batch_size_per_device=" in lines[0]

@@ -196,6 +196,28 @@ def test_a_compiled_layer_on_a_slice():
     check_sums(found)
 
 
+SCATTER = """
+%all-reduce-scatter.2 (x: f32[64,8]) -> f32[16,8] {
+  %x = f32[64,8] parameter(0)
+  %zero = s32[] constant(0)
+  %sum = f32[64,8] all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[16,8] dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,8}
+}
+"""
+
+
+def test_an_all_reduce_of_which_each_keeps_its_part_is_a_reduce_scatter():
+    found = run(
+        "%x = f32[64,8] parameter(0)",
+        "%y = f32[16,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2",
+        computations=SCATTER,
+    )
+    (one,) = found.collectives
+    assert (one.kind, one.axis, one.num_bytes, one.overlaps) == ("reduce-scatter", "fsdp", 4 * 64 * 8, False)
+    whole = run("%x = f32[64,8] parameter(0)", "%y = f32[64,8] all-reduce(%x), replica_groups={{0,1,2,3}}")
+    assert one.seconds == pytest.approx(whole.collectives[0].seconds / 2)
+
+
 @pytest.mark.parametrize(
     ("line", "moved"),
     [
@@ -254,6 +276,8 @@ def test_splash_attention_has_a_price():
     assert found.parts["attention"] == found.seconds == pytest.approx(8 * 36 * 9049 / 1.5e9)
     assert found.unpriced == []
     assert run(*kernel(heads="3,8")).seconds == pytest.approx(3 * found.seconds)
+    segmented = f"vmap_{FORWARD}".replace("fwd", "fwd_segmented")
+    assert run(*kernel(name=segmented)).seconds == pytest.approx(8 * 36 * 9094 / 1.5e9)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""JAX functions for a TPU as parts of PyTorch/XLA's graphs, whatever this process runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch_xla.runtime as xr
+
+from gemma_xla.sharding import AXES, MeshShape
+
+# Shape and type of each argument.
+Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+JAX_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int32: "int32", torch.bool: "bool"}
+# The version of Mosaic's code that this release's libtpu reads; without a TPU, jax would ask for a newer one.
+_MOSAIC_VERSION = 7
+
+_recording = False
+
+
+def record_for_tpu() -> None:
+    """From now on what this process records is compiled for a TPU, though it has none."""
+    global _recording
+    _recording = True
+
+
+def is_for_tpu() -> bool:
+    """Whether what is recorded is for a TPU."""
+    return _recording or xr.device_type() == "TPU"
+
+
+def over_mesh(function: Callable, mesh: MeshShape, inputs: tuple, outputs: tuple) -> Callable:
+    """Return the JAX function that runs ``function`` on each device's part.
+
+    Args:
+        function: of the parts.
+        mesh: the devices.
+        inputs: how each argument is split: PartitionSpecs.
+        outputs: how each result is.
+    """
+    import jax
+    from jax.sharding import AbstractMesh
+
+    if mesh.num_devices == 1:
+        return function
+    devices = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+    return jax.shard_map(function, mesh=devices, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def lower_for_tpu(function: Callable, signature: Signature) -> bytes:
+    """A JAX function as a serialized HloModuleProto."""
+    import jax
+    import jax._src.tpu_custom_call as mosaic
+    from jax._src.config import use_shardy_partitioner
+
+    # It only writes the graph: the TPU, if there is one, is PyTorch/XLA's, and cannot be shared.
+    jax.config.update("jax_platforms", "cpu")
+    arguments = [jax.ShapeDtypeStruct(shape, JAX_DTYPES[dtype]) for shape, dtype in signature]
+    version, mosaic.get_ir_version = mosaic.get_ir_version, lambda _context: _MOSAIC_VERSION
+    try:
+        # GSPMD, as PyTorch/XLA: its successor writes annotations of another kind.
+        with use_shardy_partitioner(False):
+            lowered = jax.jit(function, keep_unused=True).trace(*arguments).lower(lowering_platforms=("tpu",))
+    finally:
+        mosaic.get_ir_version = version
+    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
