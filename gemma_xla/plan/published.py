@@ -41,7 +41,7 @@ PUBLISHED = (
     Published("gemma-7b", "v5p-128", mfu=0.60, emfu=0.70),
 )
 # What to plan for each row: (model, slice, config); the slice is the name of the topology.
-QUESTIONS = tuple((row.model, row.slice, f"recipes/configs/{row.model}-pretrain-v5e-256.yaml") for row in PUBLISHED)
+QUESTIONS = tuple((row.model, row.slice, f"recipes/configs/{row.model}-pretrain-{row.slice}.yaml") for row in PUBLISHED)
 
 # Llama 2 7B: Touvron et al. 2023, arXiv:2307.09288, tables 1 and 2.
 BASELINE_SOURCE = "Llama-2-7B, 2.0T tokens in 184,320 A100-80GB hours (arXiv:2307.09288)"
