@@ -84,7 +84,7 @@ class HbmUse:
         parameters: weights, frozen ones included.
         optimizer: Adam's moments.
         gradients: of micro-batches that are done (they are temporaries otherwise).
-        batch: inputs and scalars.
+        batch: inputs and scalars, and what the state's last tiles are filled up with.
         temporaries: activations, gathered weights, gradients.
         program: the machine code.
         used: all together, as the compiler lays it out.

@@ -23,7 +23,12 @@ pytestmark = pytest.mark.aot
 MODEL = """{
   preset: gemma-small, overrides: {hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 3, vocab_size: 4096}
 }"""
-LAYERS, MATRICES, SEQ_LEN, ROWS = 3, 7, 512, 2
+LAYERS, MATRICES, SEQ_LEN, ROWS = 3, 7, 1024, 2
+# Of one head's one block: forward, again for the backward pass, and the backward pass' two kernels.
+ATTENTION_SECONDS = {
+    "v5e-4": (9094 + 9094 + 16788 + 12549) / 1.5e9,
+    "v5p-8": (9211 / 2 + 9211 / 2 + 16833 + 12602) / 1.75e9,
+}
 
 
 @pytest.fixture(scope="session")
@@ -81,10 +86,16 @@ def test_trips_and_collectives(config_file, topology):
     flops = sum(m.ideal_seconds for m in plan.estimate.matmuls) * question.hardware.chip.peak_flops.value
     assert flops == pytest.approx(_executed(question), rel=0.02)
     assert plan.figures.step_seconds >= sum(m.ideal_seconds for m in plan.estimate.matmuls)
+    assert plan.estimate.unpriced == []
+    blocks = LAYERS * ROWS * question.model.num_attention_heads
+    assert plan.estimate.parts["attention"] == pytest.approx(blocks * ATTENTION_SECONDS[topology], rel=1e-6)
 
 
 def _executed(question: Setup) -> float:
-    """FLOPs of a chip by hand: forward, again for the backward pass but for the last product, and twice that."""
+    """FLOPs of a chip's products, those of the attention kernel apart.
+
+    By hand: forward, again for the backward pass but for the last product, and twice that.
+    """
     model, tokens = question.model, ROWS * SEQ_LEN
     width = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
@@ -92,8 +103,7 @@ def _executed(question: Setup) -> float:
     attention = 2 * hidden * width + 2 * hidden * keys
     down = hidden * inner
     forward = attention + 2 * down
-    scores = 2 * SEQ_LEN * width
-    layers = LAYERS * (4 * (forward + scores) + 3 * down)
+    layers = LAYERS * (4 * forward + 3 * down)
     head = 3 * hidden * model.vocab_size
     return 2 * tokens * (layers + head)
 
