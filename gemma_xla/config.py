@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemma_xla.config_base import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, Text
 from gemma_xla.config_data import DataSection
-from gemma_xla.errors import UserError
+from gemma_xla.errors import UserError, nearest
 from gemma_xla.model.config import ACTIVATIONS, LORA_TARGETS
 
 
@@ -100,11 +100,24 @@ class TrainSection(Section):
     remat: Literal["none", "full"] = "none"
     # With "full" and layers "scan": what is kept too, and in how many of the first layers (or "all"): q_proj, k_proj,
     # v_proj, attention, o_proj, gate_proj, up_proj (what these return). Where layers are not scanned, nothing more is.
-    keep: dict[Literal[ACTIVATIONS], Positive | Literal["all"]] = {}
+    keep: dict[Literal[ACTIVATIONS], int | Literal["all"]] = {}
     # "scan" compiles one layer and loops over it (XLA only): compile time no longer grows with depth.
     layers: Literal["loop", "scan"] = "loop"
     # Positions per row whose logits exist at one time.
     loss_chunk: Positive = 512
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep_what_there_is(cls, keep: Any) -> Any:
+        for name, layers in keep.items() if isinstance(keep, dict) else ():
+            if name not in ACTIVATIONS:
+                raise ValueError(
+                    f"no activation is called {name!r}{nearest(str(name), ACTIVATIONS)}; there are "
+                    f"{', '.join(ACTIVATIONS)}"
+                )
+            if layers != "all" and (type(layers) is not int or layers < 1):
+                raise ValueError(f"{name} is {layers!r}; it must be 'all', or the number of layers, at least 1")
+        return keep
 
     @model_validator(mode="after")
     def _the_schedule_fits(self) -> TrainSection:
