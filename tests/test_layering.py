@@ -33,7 +33,7 @@ ORDER = [
     {"config_data"},
     {"config_base"},
     {"tensor_file", "storage", "interrupts"},
-    {"errors", "model.config"},
+    {"errors", "model.config", "tpu_flags"},
 ]
 # Only these may use the seam.
 SEAM_USERS = {"train", "cli", "plan", "infer"}

@@ -7,6 +7,7 @@ slice, and where to write. It loads no PyTorch, which would double its memory.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from gemma_xla.chips import Topology, topology
 from gemma_xla.interrupts import end_with_parent
+from gemma_xla.tpu_flags import libtpu_arguments
 
 # What the compiler's error begins with when a program does not fit the memory of a chip.
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -101,6 +103,7 @@ def _annotated(module: str, description: dict[str, Any], num_devices: int) -> by
 def main() -> None:
     """Write ``OUT.json`` and, where it fits, ``OUT.hlo.txt``."""
     end_with_parent(signal.SIGKILL)
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments()
     graph, slice_, out = Path(sys.argv[1]), topology(sys.argv[2]), Path(sys.argv[3])
     description = json.loads(graph.with_suffix(".json").read_text())
     result = compile_graph(graph.with_suffix(".hlo").read_bytes(), description, slice_)

@@ -106,11 +106,16 @@ class _Walk:
         transfers, cycles = self._transfers(instruction, computation), instruction.estimated_cycles
         for one in transfers:
             tally.collect(one)
+        called = self.module.computations.get(instruction.called or "")
+        for one in called.instructions.values() if called else ():
+            # A kernel beside which a collective is worked off.
+            if one.opcode == "custom-call" and one.find(_TARGET) == TARGET:
+                self._custom_call(tally, one, called)
         if instruction.opcode == "custom-call":
             self._custom_call(tally, instruction, computation)
         elif cycles is not None:
             self._compute(tally, instruction, computation, cycles / self.clock)
-        elif _is_collective(instruction) or _collectives(self.module.computations.get(instruction.called or "")):
+        elif _is_collective(instruction) or _collectives(called):
             return
         elif found := products(self.module, instruction, computation):
             tally.unpriced[f"{instruction.opcode} with products, counted at the chip's peak"] += 1

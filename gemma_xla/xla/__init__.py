@@ -12,6 +12,7 @@ import torch
 
 from gemma_xla.backend import Backend
 from gemma_xla.config import MeshSection
+from gemma_xla.tpu_flags import libtpu_arguments
 
 
 def configure_environment(virtual_devices: int | None) -> None:
@@ -20,6 +21,7 @@ def configure_environment(virtual_devices: int | None) -> None:
     # and a launcher that has imported it hands that down.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in (None, "1"):
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if virtual_devices is None:
         return
     os.environ["PJRT_DEVICE"] = "CPU"

@@ -280,6 +280,14 @@ def test_splash_attention_has_a_price():
     assert run(*kernel(name=segmented)).seconds == pytest.approx(8 * 36 * 9094 / 1.5e9)
 
 
+def test_a_kernel_beside_a_collective_is_still_paid_for():
+    inside = "\n  ".join(kernel())
+    computations = f"%beside () -> f32[8] {{\n  {inside}\n  ROOT %z = f32[8] add()\n}}\n"
+    found = run("%y = f32[8] fusion(), kind=kCustom, calls=%beside" + cycles(1500), computations=computations)
+    assert found.parts["attention"] == pytest.approx(8 * 36 * 9049 / 1.5e9)
+    assert found.parts["other"] == pytest.approx(1e-6)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
