@@ -7,7 +7,7 @@ import torch
 from transformers.models.gemma import modeling_gemma as hf
 
 from gemma_xla.model.attention import Mask
-from gemma_xla.model.layers import RMSNorm, apply_rope, rope_table
+from gemma_xla.model.layers import RMSNorm, _Turn, apply_rope, rope_table
 from tests.reference import (
     IMPLS,
     SHAPES,
@@ -89,6 +89,21 @@ def test_rope_turns_bfloat16_with_float32_tables():
     turned = apply_rope(x, cos, sin)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, apply_rope(x.float(), cos, sin).bfloat16())
+
+
+@pytest.mark.parametrize("head_dim", [2, 16, 256])
+def test_rope_as_a_product_is_the_same(head_dim):
+    """What runs on XLA: to the bit forward, and its gradient rounded once."""
+    cos, sin = rope_table(torch.arange(64)[None], head_dim, 10000.0)
+    x, grad = (normal(2, 64, 3, head_dim, seed=seed).bfloat16() for seed in (0, 1))
+    turned = _Turn.apply(x.requires_grad_(), cos, sin)
+    assert torch.equal(turned, apply_rope(x, cos, sin))
+    (ours,) = torch.autograd.grad(turned, x, grad)
+    exact = x.detach().double().requires_grad_()
+    a, b = exact.chunk(2, dim=-1)
+    (exact_grad,) = torch.autograd.grad(torch.cat((a * cos - b * sin, b * cos + a * sin), -1), exact, grad.double())
+    # Half of bfloat16's last digit, and float32's beside it.
+    torch.testing.assert_close(ours.double(), exact_grad, rtol=2**-9 * 1.01, atol=1e-6)
 
 
 def causal_inputs(theirs, head_dim: int, theta: float):

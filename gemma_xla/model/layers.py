@@ -45,8 +45,34 @@ def rope_table(position_ids_BT: torch.Tensor, head_dim: int, theta: float) -> tu
 
 def apply_rope(x_BTNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (first half, second half) by its position's angle, in float32."""
+    if x_BTNH.device.type == "xla" and x_BTNH.dtype == torch.bfloat16:
+        return _Turn.apply(x_BTNH, cos, sin)
     a, b = x_BTNH.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTNH.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """`apply_rope` with a product instead of halves cut and joined, each of which a TPU makes a pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x_BTNH, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BTNH, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad_BTNH):
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_BTNH, cos, -sin), None, None
+
+
+def _turned(x_BTNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x_BTNH.shape[-1] // 2
+    place_H = torch.arange(2 * half, dtype=torch.int32, device=x_BTNH.device)
+    distance_HH = place_H - place_H[:, None]
+    # Makes (-second, first) of (first, second), in any precision exactly.
+    quarter_HH = (distance_HH == half).to(x_BTNH.dtype) - (distance_HH == -half).to(x_BTNH.dtype)
+    cos, sin = (torch.cat((table, table), dim=-1) for table in (cos, sin))
+    return (x_BTNH.float() * cos + (x_BTNH @ quarter_HH).float() * sin).to(x_BTNH.dtype)
 
 
 class GemmaAttention(nn.Module):
