@@ -103,7 +103,7 @@ def test_rope_as_a_product_is_the_same(head_dim):
     a, b = exact.chunk(2, dim=-1)
     (exact_grad,) = torch.autograd.grad(torch.cat((a * cos - b * sin, b * cos + a * sin), -1), exact, grad.double())
     # Half of bfloat16's last digit, and float32's beside it.
-    torch.testing.assert_close(ours.double(), exact_grad, rtol=2**-9 * 1.01, atol=1e-6)
+    torch.testing.assert_close(ours.double(), exact_grad, rtol=2**-8 * 1.01, atol=1e-6)
 
 
 def causal_inputs(theirs, head_dim: int, theta: float):
