@@ -94,10 +94,6 @@ class Backend:
         """Fix how a tensor is split, and how its gradient is."""
         return tensor
 
-    def fence(self, tensor: torch.Tensor, *, value: bool = False, gradient: bool = False) -> torch.Tensor:
-        """Return ``tensor``; a compiler may not join what makes it (its gradient) with what uses it."""
-        return tensor
-
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)

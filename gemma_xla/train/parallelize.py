@@ -18,12 +18,8 @@ from gemma_xla.backend import Backend
 from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.model.kept import kept
-from gemma_xla.model.layers import RMSNorm
 from gemma_xla.model.lora import LoraLinear
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
-
-# Outputs of `down_proj` beyond which its inputs are better computed once and stored.
-_WIDE = 2048
 
 
 def parallelize(
@@ -39,7 +35,6 @@ def parallelize(
         dtype: the compute dtype of matrices; norms keep the dtype they are stored in.
     """
     _constrain_activations(model, backend)
-    _fence_products(model, backend)
     # While layers are scanned, the first one stands for all: their specs are equal.
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}."
@@ -136,25 +131,3 @@ def _constrain_activations(model: Gemma, backend: Backend) -> None:
             if re.fullmatch(rule.pattern, name):
                 spec = resolve_spec(rule.stored, backend.mesh, model.config)
                 module.register_forward_hook(lambda _m, _args, out, spec=spec: backend.constrain(out, spec, spec))
-
-
-def _fence_products(model: Gemma, backend: Backend) -> None:
-    """Keep elementwise work out of the matrix products beside it, which lose up to half their speed by it on a TPU.
-
-    What the norms' backward pass does is always kept apart; the activation function before `down_proj`, and its
-    derivative before the gradients of `gate_proj` and `up_proj`, where these are wide enough for it to be done again
-    for every tile: by the compiler's account that makes a step of Gemma 7B 3% faster, and one of 2B 3% slower.
-    """
-
-    def fence_gradient(_module, _args, out):
-        return backend.fence(out, gradient=True)
-
-    def fence_input(_module, args):
-        return backend.fence(*args, value=True)
-
-    wide = model.config.hidden_size > _WIDE
-    for name, module in model.named_modules():
-        if isinstance(module, RMSNorm) or (wide and name.endswith((".gate_proj", ".up_proj"))):
-            module.register_forward_hook(fence_gradient)
-        elif wide and name.endswith(".down_proj"):
-            module.register_forward_pre_hook(fence_input)

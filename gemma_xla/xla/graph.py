@@ -62,23 +62,6 @@ class MeshLayout(Layout):
         return carry, [*results.unbind(), *rest]
 
 
-class Fence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, value, gradient):
-        ctx.gradient = gradient
-        return _fenced(tensor) if value else tensor * 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (_fenced(grad) if ctx.gradient else grad), None, None
-
-
-def _fenced(tensor: torch.Tensor) -> torch.Tensor:
-    copy = tensor * 1
-    torch_xla._XLAC._xla_optimization_barrier_([copy])
-    return copy
-
-
 def scan_layers(
     layers: nn.ModuleList, h_BTD: torch.Tensor, cos, sin, segment_ids_BT, kept: dict[str, int]
 ) -> torch.Tensor:
