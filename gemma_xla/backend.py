@@ -94,6 +94,10 @@ class Backend:
         """Fix how a tensor is split, and how its gradient is."""
         return tensor
 
+    def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor``; a compiler may not join what makes its gradient with what uses that."""
+        return tensor
+
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)

@@ -22,22 +22,25 @@ _FORWARD = r"residuals_block_kv_1024_block_kv_compute_512_.*_block_q_1024_"
 _KEYS = r"block_kv_dkv_1024_block_kv_dkv_compute_512_block_q_dkv_1024_"
 _QUERIES = r"block_kv_dq_1024_block_q_dq_1024_"
 # By chip: the name after "splash_mha_" or "splash_mqa_", the arrays it returns (scratch included: the fused backward
-# kernel has more), cycles. v5p deals the forward kernel's blocks out to both of its cores, the others' to one.
+# kernel has more), cycles of one core.
 _CYCLES = {
     "v5e": (
         (f"fwd_{_FORWARD}", 5, 9049),
         (f"fwd_segmented_{_FORWARD}", 5, 9094),
         (f"dkv_{_KEYS}", 4, 16715),
-        (f"dkv_segmented_{_KEYS}", 4, 16788),
+        (f"dkv_segmented_{_KEYS}", 4, 16786),
         (f"dq_{_QUERIES}", 2, 12500),
-        (f"dq_segmented_{_QUERIES}", 2, 12549),
+        (f"dq_segmented_{_QUERIES}", 2, 12546),
     ),
     "v5p": (
-        (f"fwd_segmented_{_FORWARD}", 5, 9211 / 2),
-        (f"dkv_segmented_{_KEYS}", 4, 16833),
-        (f"dq_segmented_{_QUERIES}", 2, 12602),
+        (f"fwd_segmented_{_FORWARD}", 5, 9211),
+        (f"dkv_segmented_{_KEYS}", 4, 16932),
+        (f"dq_segmented_{_QUERIES}", 2, 12696),
     ),
 }
+# Cores that work on one program. They share out what a kernel declares independent: rows, groups of heads and, in the
+# forward kernel, heads (seen in the trips of each core's loop).
+_CORES = {"v5p": 2}
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -50,13 +53,15 @@ def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -
 
     Args:
         instruction: the custom call.
-        operands: the arrays it takes: two of the mask, queries ``[..., heads, sequence, head_dim]``, keys, ...
+        operands: the arrays it takes: two of the mask, queries ``[rows and groups, heads, sequence, head_dim]``, ...
         chip: what it runs on.
     """
     for name, results, cycles in _CYCLES.get(chip.name, ()):
-        if re.match(rf"(vmap_)?splash_m[hq]a_{name}", instruction.name) and len(instruction.arrays) == results:
+        if re.match(rf"(vmap_)*splash_m[hq]a_{name}", instruction.name) and len(instruction.arrays) == results:
             *heads, num_queries, head_dim = operands[2].dims
             if head_dim == _HEAD_DIM and operands[3].dims[-2] == num_queries and num_queries % _BLOCK == 0:
                 side = num_queries // _BLOCK
-                return math.prod(heads) * side * (side + 1) // 2 * cycles
+                apart = math.prod(heads if name.startswith("fwd") else heads[:-1])
+                cores = math.gcd(apart, _CORES.get(chip.name, 1))
+                return math.prod(heads) * side * (side + 1) // 2 * cycles / cores
     return None

@@ -24,7 +24,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.model.config import splash_takes
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 from gemma_xla.xla.attention import use_splash
-from gemma_xla.xla.graph import Constrain, MeshLayout, scan_layers
+from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, scan_layers
 from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
@@ -127,6 +127,9 @@ class XlaBackend(Backend):
         if self.mesh.num_devices == 1:
             return tensor
         return Constrain.apply(tensor, forward, backward)
+
+    def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+        return Fence.apply(tensor)
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint

@@ -69,17 +69,27 @@ class Attention:
         segment ids to the gradients of q, k and v."""
 
         def one_row(q, k, v, out, lse, grad, *segments):
-            made = self._kernel(q.shape[0])
+            made = self._kernel(q.shape[0] // (groups := self._groups(q.shape[0], k.shape[0])))
             options = self._options(made)
             options["save_residuals"] = False
-            residuals = q, *map(self._heads_of, (k, v)), _segment_ids(segments), None, out, lse
-            grads = kernel._splash_attention_bwd(
-                *(options[name] for name in _BACKWARD_OPTIONS),
-                (*residuals, made.dq_mask_info, made.dkv_mask_info),
-                grad,
-            )
-            dq, dk, dv = (x.astype(q.dtype) for x in grads[3:6])
-            return dq, *(x[None] if self.kv_heads == 1 else x for x in (dk, dv))
+
+            def one_group(q, k, v, out, lse, grad):
+                residuals = q, *map(self._heads_of, (k, v)), _segment_ids(segments), None, out, lse
+                grads = kernel._splash_attention_bwd(
+                    *(options[name] for name in _BACKWARD_OPTIONS),
+                    (*residuals, made.dq_mask_info, made.dkv_mask_info),
+                    grad,
+                )
+                dq, dk, dv = (x.astype(q.dtype) for x in grads[3:6])
+                return dq, *(x[None] if self.kv_heads == 1 else x for x in (dk, dv))
+
+            q, out, lse, grad = (x.reshape(groups, -1, *x.shape[1:]) for x in (q, out, lse, grad))
+            if self.kv_heads == 1:
+                grads = jax.vmap(one_group, in_axes=(0, None, None, 0, 0, 0))(q, k, v, out, lse, grad)
+                dq, dk, dv = grads[0], *(x.sum(0) for x in grads[1:])
+                return dq.reshape(-1, *dq.shape[2:]), dk, dv
+            k, v = (x.reshape(groups, -1, *x.shape[1:]) for x in (k, v))
+            return tuple(x.reshape(-1, *x.shape[2:]) for x in jax.vmap(one_group)(q, k, v, out, lse, grad))
 
         heads, keys, rows = self._specs()
         return self._over_mesh(one_row, (heads, keys, keys, heads, rows, heads), (heads, keys, keys))
@@ -95,6 +105,14 @@ class Attention:
         return tuple(
             PartitionSpec(BATCH, *rest) for rest in (("tensor", None, None), (keys, None, None), ("tensor", None))
         )
+
+    def _groups(self, heads: int, keys: int) -> int:
+        """Equal groups of a device's heads whose gradients are taken apart from each other.
+
+        The kernel's own order lets nothing run beside anything else in the backward pass; groups do, so that chips of
+        two cores (v5p) use both.
+        """
+        return 2 if heads % 2 == 0 and (self.kv_heads == 1 or keys % 2 == 0) else 1
 
     def _heads_of(self, x_KTH: jax.Array) -> jax.Array:
         return x_KTH[0] if self.kv_heads == 1 else x_KTH

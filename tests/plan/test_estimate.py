@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -276,8 +277,17 @@ def test_splash_attention_has_a_price():
     assert found.parts["attention"] == found.seconds == pytest.approx(8 * 36 * 9049 / 1.5e9)
     assert found.unpriced == []
     assert run(*kernel(heads="3,8")).seconds == pytest.approx(3 * found.seconds)
-    segmented = f"vmap_{FORWARD}".replace("fwd", "fwd_segmented")
+    segmented = f"vmap_vmap_{FORWARD}".replace("fwd", "fwd_segmented")
     assert run(*kernel(name=segmented)).seconds == pytest.approx(8 * 36 * 9094 / 1.5e9)
+
+
+@pytest.mark.parametrize(("heads", "cores"), [("8", 1), ("3,8", 1), ("2,4", 2), ("3,2,4", 2)])
+def test_two_cores_share_what_is_independent(heads, cores):
+    name = "vmap_splash_mqa_dq_segmented_block_kv_dq_1024_block_q_dq_1024_k.2"
+    lines = "\n  ".join(kernel(name=name, results=2, heads=heads))
+    found = estimate(f"ENTRY %main () -> f32[] {{\n  {lines}\n}}\n", CHIPS["v5p"], MeshShape(1, 4))
+    one_head = 36 * 12696 / 1.75e9
+    assert found.seconds == pytest.approx(math.prod(map(int, heads.split(","))) * one_head / cores)
 
 
 def test_a_kernel_beside_a_collective_is_still_paid_for():
