@@ -39,6 +39,7 @@ class Chip:
         dcn_bandwidth: bytes per second from one chip to other slices, over the data center network.
         clock: cycles per second, as the TPU compiler counts cycles.
         price: dollars per chip-hour, on demand.
+        cores: of a chip; they work on one program, and share its kernels out if these say how.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Chip:
     num_links: Sourced | None = None
     dcn_bandwidth: Sourced | None = None
     clock: Sourced | None = None
+    cores: Sourced | None = None
 
     def with_price(self, dollars_per_hour: float) -> Chip:
         """Return the chip at another price."""
@@ -113,6 +115,7 @@ CHIPS: dict[str, Chip] = {
         num_links=_v5e(4),
         dcn_bandwidth=_book(3.125e9),
         clock=_clock(1.5e9),
+        cores=_v5e(1),
     ),
     "v5p": Chip(
         name="v5p",
@@ -125,6 +128,7 @@ CHIPS: dict[str, Chip] = {
         num_links=_v5p(6),
         dcn_bandwidth=_book(6.25e9),
         clock=_clock(1.75e9),
+        cores=_v5p(2),
     ),
     "v6e": Chip(
         name="v6e",
@@ -137,6 +141,7 @@ CHIPS: dict[str, Chip] = {
         num_links=_v6e(4),
         dcn_bandwidth=_book(12.5e9),
         clock=_clock(1.75e9),
+        cores=_v6e(1),
     ),
     "a100-80gb": Chip(
         name="a100-80gb",
@@ -178,9 +183,6 @@ _PLANE = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))
 _SPACE = (*_SMALL, (8, 8, 16), (8, 16, 16), (16, 16, 16), (16, 16, 24))
 _SHAPES = {"v5e": _PLANE, "v6e": _PLANE, "v5p": _SPACE}
-# What the number in a slice's name counts: TensorCores up to v5p (two per chip), chips for v5e and v6e.
-_COUNTS_PER_CHIP = {"v5e": 1, "v6e": 1, "v5p": 2}
-
 
 # The most chips of a slice with a single host, and the chips of each host of larger ones (Google Cloud documentation).
 _ONE_HOST = {"v5e": 8, "v5p": 4, "v6e": 8}
@@ -208,7 +210,8 @@ def topology(name: str) -> Topology:
     chip = "v5e" if chip == "v5litepod" else chip
     if chip not in _SHAPES:
         raise UserError(f"topology {name!r}: write it as a TPU and a number, such as v5e-256, v5p-128 or v6e-8")
-    slices = {str(_COUNTS_PER_CHIP[chip] * math.prod(shape)): shape for shape in _SHAPES[chip]}
+    # The number in a slice's name counts cores.
+    slices = {str(int(CHIPS[chip].cores.value) * math.prod(shape)): shape for shape in _SHAPES[chip]}
     if number not in slices:
         names = [f"{chip}-{valid}" for valid in slices]
         raise UserError(f"topology: no slice is called {name!r}{nearest(name, names)}; there are {', '.join(names)}")

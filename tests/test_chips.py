@@ -29,9 +29,9 @@ PUBLISHED = {
     "h100": (989.4, 1978.9, 80, 3350, 450, 11.06),
     "h200": (989.4, 1978.9, 141, 4800, 450, 10.84),
 }
-# name: GB/s per chip between slices, FLOP in a cycle of all its matrix units
-TPUS = {"v5e": (3.125, 2**17), "v5p": (6.25, 2**18), "v6e": (12.5, 2**19)}
-TPU_ONLY = ("dcn_bandwidth", "clock")
+# name: GB/s per chip between slices, FLOP in a cycle of all its matrix units, cores
+TPUS = {"v5e": (3.125, 2**17, 1), "v5p": (6.25, 2**18, 2), "v6e": (12.5, 2**19, 1)}
+TPU_ONLY = ("dcn_bandwidth", "clock", "cores")
 
 
 def test_catalogue_holds_the_published_values():
@@ -62,7 +62,8 @@ def test_every_figure_names_its_source_and_date(name):
 
 @pytest.mark.parametrize("name", TPUS)
 def test_what_only_tpus_have(name):
-    dcn_bandwidth, flops_per_cycle = TPUS[name]
+    dcn_bandwidth, flops_per_cycle, cores = TPUS[name]
+    assert CHIPS[name].cores.value == cores
     assert CHIPS[name].dcn_bandwidth.value == dcn_bandwidth * 1e9
     assert CHIPS[name].clock.value * flops_per_cycle == pytest.approx(CHIPS[name].peak_flops.value, rel=0.003)
 

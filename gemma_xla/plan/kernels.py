@@ -38,9 +38,6 @@ _CYCLES = {
         (f"dq_segmented_{_QUERIES}", 2, 12696),
     ),
 }
-# Cores that work on one program. They share out what a kernel declares independent: rows, groups of heads and, in the
-# forward kernel, heads (seen in the trips of each core's loop).
-_CORES = {"v5p": 2}
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -61,7 +58,8 @@ def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -
             *heads, num_queries, head_dim = operands[2].dims
             if head_dim == _HEAD_DIM and operands[3].dims[-2] == num_queries and num_queries % _BLOCK == 0:
                 side = num_queries // _BLOCK
-                apart = math.prod(heads if name.startswith("fwd") else heads[:-1])
-                cores = math.gcd(apart, _CORES.get(chip.name, 1))
+                # Cores share out what a kernel declares independent: rows, groups of heads and, in the forward kernel,
+                # heads (seen in the trips of each core's loop).
+                cores = math.gcd(int(chip.cores.value), math.prod(heads if name.startswith("fwd") else heads[:-1]))
                 return math.prod(heads) * side * (side + 1) // 2 * cycles / cores
     return None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gemma_xla.chips import CHIPS
 from gemma_xla.config_file import validate
 from gemma_xla.interrupts import end_with_parent
 from gemma_xla.model.config import GemmaConfig
@@ -38,10 +39,11 @@ def record(question: dict[str, Any]) -> list[tuple[Graph, int]]:
 
     Args:
         question: ``config`` (a `RunConfig` as a dict), ``model`` (a `GemmaConfig`), ``mesh`` (a `MeshShape`), ``rows``
-            of a micro-batch, ``dtype`` (the compute dtype), ``tpu``: false for the graphs of a run on CPUs.
+            of a micro-batch, ``dtype`` (the compute dtype), ``chip`` (its name in the
+            catalogue; null: the graphs of a run on CPUs).
     """
     config, model_config = validate(question["config"], "the plan"), GemmaConfig(**question["model"])
-    backend = PlaceholderBackend(MeshShape(**question["mesh"]), tpu=question.get("tpu", True))
+    backend = PlaceholderBackend(MeshShape(**question["mesh"]), CHIPS.get(question["chip"]))
     dtype = getattr(torch, question["dtype"])
 
     def make(name: str, shape: torch.Size, spec, dtype: torch.dtype) -> torch.Tensor:

@@ -88,6 +88,7 @@ def _compiled(setup: Setup, folder: Path, run: Run) -> Iterator[tuple[dict[str, 
         "mesh": dataclasses.asdict(setup.hardware.slice_mesh),
         "rows": setup.micro_batch_rows,
         "dtype": setup.dtype_name,
+        "chip": setup.hardware.chip.name,
     }
     (folder / "question.json").write_text(json.dumps(question), encoding="utf-8")
     run("gemma_xla.plan.trace", [folder / "question.json", folder], "trace")

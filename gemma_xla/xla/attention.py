@@ -15,7 +15,7 @@ from gemma_xla.model.attention import IMPLEMENTATIONS, Mask
 from gemma_xla.model.config import splash_takes
 from gemma_xla.model.kept import kept
 from gemma_xla.sharding import MeshShape
-from gemma_xla.xla.tpu import Signature, lower_for_tpu
+from gemma_xla.xla.tpu import Signature, cores, lower_for_tpu
 
 
 def use_splash(mesh: MeshShape) -> None:
@@ -68,6 +68,7 @@ def _computation(direction: str, signature: Signature, window: int | None, mesh:
         window=window,
         mesh=mesh,
         segmented=len(signature) % 3 == 1,
+        groups=cores(),
     )
     hlo = lower_for_tpu(getattr(attention, direction)(), signature)
     return xb.computation_from_module_proto(f"splash_{direction}", hlo)

@@ -15,6 +15,7 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 
+from gemma_xla.chips import Chip
 from gemma_xla.sharding import MeshShape, Spec
 from gemma_xla.xla.backend import XlaBackend
 from gemma_xla.xla.tpu import record_for_tpu
@@ -62,15 +63,15 @@ class _Held:
 class PlaceholderBackend(XlaBackend):
     """A slice without the slice."""
 
-    def __init__(self, mesh: MeshShape, *, tpu: bool = True) -> None:
+    def __init__(self, mesh: MeshShape, chip: Chip | None) -> None:
         """
         Args:
             mesh: its devices.
-            tpu: whether they are TPUs, which have kernels of their own; else CPUs.
+            chip: which TPUs they are, which have kernels of their own; None: CPUs.
         """
         xr.use_spmd()
-        if tpu:
-            record_for_tpu()
+        if chip is not None:
+            record_for_tpu(chip)
         # One CPU stands for all devices: autograd cannot tell more than 127 apart.
         xr.global_runtime_device_count = lambda: mesh.num_devices
         torch_xla._XLAC._init_computation_client()

@@ -34,6 +34,9 @@ class Attention:
         window: positions a query sees, itself included; None: all before it.
         mesh: the devices; batch rows are split over data and fsdp, heads over tensor.
         segmented: whether there are segment ids.
+        groups: of heads whose gradients are taken apart from each other, where they can be shared out like that: the
+            kernel by itself lets nothing run beside anything else in the backward pass, which leaves a chip's second
+            core idle.
         interpret: run the kernel as plain operations, on any device; for tests.
     """
 
@@ -42,6 +45,7 @@ class Attention:
     window: int | None
     mesh: MeshShape
     segmented: bool
+    groups: int = 1
     interpret: bool = False
 
     def forward(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -69,7 +73,10 @@ class Attention:
         segment ids to the gradients of q, k and v."""
 
         def one_row(q, k, v, out, lse, grad, *segments):
-            made = self._kernel(q.shape[0] // (groups := self._groups(q.shape[0], k.shape[0])))
+            groups = self.groups
+            if q.shape[0] % groups or (self.kv_heads > 1 and k.shape[0] % groups):
+                groups = 1
+            made = self._kernel(q.shape[0] // groups)
             options = self._options(made)
             options["save_residuals"] = False
 
@@ -105,14 +112,6 @@ class Attention:
         return tuple(
             PartitionSpec(BATCH, *rest) for rest in (("tensor", None, None), (keys, None, None), ("tensor", None))
         )
-
-    def _groups(self, heads: int, keys: int) -> int:
-        """Equal groups of a device's heads whose gradients are taken apart from each other.
-
-        The kernel's own order lets nothing run beside anything else in the backward pass; groups do, so that chips of
-        two cores (v5p) use both.
-        """
-        return 2 if heads % 2 == 0 and (self.kv_heads == 1 or keys % 2 == 0) else 1
 
     def _heads_of(self, x_KTH: jax.Array) -> jax.Array:
         return x_KTH[0] if self.kv_heads == 1 else x_KTH

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
+import torch_xla
 import torch_xla.runtime as xr
 
+from gemma_xla.chips import Chip, topology
+from gemma_xla.errors import UserError
 from gemma_xla.sharding import AXES, MeshShape
 
 # Shape and type of each argument.
@@ -16,18 +20,27 @@ JAX_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int32:
 # The version of Mosaic's code that this release's libtpu reads; without a TPU, jax would ask for a newer one.
 _MOSAIC_VERSION = 7
 
-_recording = False
+_recording: Chip | None = None
 
 
-def record_for_tpu() -> None:
-    """From now on what this process records is compiled for a TPU, though it has none."""
+def record_for_tpu(chip: Chip) -> None:
+    """From now on what this process records is compiled for such a TPU, though it has none."""
     global _recording
-    _recording = True
+    _recording = chip
 
 
 def is_for_tpu() -> bool:
     """Whether what is recorded is for a TPU."""
-    return _recording or xr.device_type() == "TPU"
+    return _recording is not None or xr.device_type() == "TPU"
+
+
+def cores() -> int:
+    """How many cores of the TPU's chips share out a kernel; 1 for a chip that the catalogue lacks."""
+    chip = _recording
+    if chip is None and xr.device_type() == "TPU":
+        with contextlib.suppress(UserError):
+            chip = topology(torch_xla.tpu.get_tpu_env()["ACCELERATOR_TYPE"]).chip
+    return 1 if chip is None else int(chip.cores.value)
 
 
 def over_mesh(function: Callable, mesh: MeshShape, inputs: tuple, outputs: tuple) -> Callable:

@@ -32,13 +32,22 @@ def packed() -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize("segmented", [True, False], ids=["packed", "whole"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "window"),
-    [(4, 1, None), (4, 4, None), (4, 2, None), (2, 1, 100)],
-    ids=["MQA", "MHA", "GQA", "window"],
+    ("heads", "kv_heads", "window", "segmented", "groups"),
+    [
+        (4, 1, None, True, 1),
+        (4, 1, None, True, 2),
+        (4, 1, None, False, 1),
+        (4, 4, None, True, 2),
+        (4, 4, None, False, 1),
+        (4, 2, None, True, 1),
+        (4, 2, None, False, 2),
+        (3, 1, None, True, 2),  # cannot be shared out
+        (2, 1, 100, True, 1),
+        (2, 1, 100, False, 2),
+    ],
 )
-def test_the_kernel_equals_the_reference(heads, kv_heads, window, segmented):
+def test_the_kernel_equals_the_reference(heads, kv_heads, window, segmented, groups):
     q, k, v, grad = (rows(n, seed) for seed, n in enumerate((heads, kv_heads, kv_heads, heads)))
     ids = packed() if segmented else None
     for x in (q, k, v):
@@ -46,7 +55,7 @@ def test_the_kernel_equals_the_reference(heads, kv_heads, window, segmented):
     expected = attend(q, k, v, Mask(ids), window=window, impl="reference")
     expected.backward(grad)
 
-    attention = Attention(kv_heads, T, window, MeshShape(), segmented, interpret=True)
+    attention = Attention(kv_heads, T, window, MeshShape(), segmented, groups, interpret=True)
     segments = [] if ids is None else [ids.numpy()]
     inputs = to_jax(q * H**-0.5), to_jax(k), to_jax(v)
     out, lse = attention.forward()(*inputs, *segments)

@@ -40,7 +40,7 @@ def planned(config: RunConfig, model: GemmaConfig, folder: Path) -> list[Counter
         "rows": config.train.micro_batch_rows(mesh.batch_shards),
         "dtype": config.train.compute_dtype,
         # What a CPU runs: in its place a TPU gets its attention kernel, and memory not filled with zeros.
-        "tpu": False,
+        "chip": None,
     }
     folder.mkdir()
     (folder / "question").write_text(json.dumps(question))
