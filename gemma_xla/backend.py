@@ -102,6 +102,12 @@ class Backend:
         """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
+    def by_positions(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], position_ids_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return ``function(position_ids_BT)``, tensors ``[B, T, ...]``; where it helps, in a loop over parts of T."""
+        return function(position_ids_BT)
+
     def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
         """Apply equal layers in loops that are compiled once.
 

@@ -85,6 +85,16 @@ def test_activations_that_are_kept_change_no_number(keep):
 
 
 @pytest.mark.xla
+def test_rows_so_long_that_rotary_tables_are_made_in_a_loop():
+    spec = {"steps": 2, "sizes": [[4, 1024]] * 2}
+    expected = run(spec)
+    result = run_in_process(spec | {"devices": 4, "mesh": [2, 2, 1], "layers": "scan", "remat": "full"})
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5)
+    assert result["compilations"] == [1, 0]
+
+
+@pytest.mark.xla
 def test_gradient_accumulation_compiles_three_graphs_once():
     result = _check({"devices": 4, "mesh": [1, 4, 1], "grad_accum": 2})
     assert result["compilations"] == [2, 0, 0, 0]

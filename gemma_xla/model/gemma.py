@@ -38,8 +38,12 @@ class GemmaModel(nn.Module):
         h_BTD = self.embed_tokens(input_ids_BT)
         # Rounded to the compute dtype before the product, as the reference does.
         h_BTD = h_BTD * torch.full((), self.config.hidden_size**0.5, dtype=h_BTD.dtype, device=h_BTD.device)
-        cos, sin = rope_table(position_ids_BT, self.config.head_dim, self.config.rope_theta)
+        cos, sin = self.rope(position_ids_BT)
         return self.norm(self.run_layers(h_BTD, cos, sin, mask, cache))
+
+    def rope(self, position_ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary embeddings' tables. A method of its own, as the next one is."""
+        return rope_table(position_ids_BT, self.config.head_dim, self.config.rope_theta)
 
     def run_layers(self, h_BTD, cos, sin, mask: Mask, cache: Cache | None) -> torch.Tensor:
         """Apply the layers in turn. A method of its own so that a compiler's loop can take its place."""

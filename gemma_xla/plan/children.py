@@ -31,7 +31,7 @@ _ENVIRONMENT = {
     "XLA_IR_DEBUG": "1",
 }
 # Settings of the user's that would change what is recorded or compiled.
-_FOREIGN = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_SAVE_TENSORS_FILE", "PYTHONSTARTUP")
+_FOREIGN = ("XLA_FLAGS", "XLA_SAVE_TENSORS_FILE", "PYTHONSTARTUP")
 
 
 class PlanError(UserError):

@@ -103,7 +103,7 @@ def _annotated(module: str, description: dict[str, Any], num_devices: int) -> by
 def main() -> None:
     """Write ``OUT.json`` and, where it fits, ``OUT.hlo.txt``."""
     end_with_parent(signal.SIGKILL)
-    os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments()
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_arguments(os.environ.get("LIBTPU_INIT_ARGS", ""))
     graph, slice_, out = Path(sys.argv[1]), topology(sys.argv[2]), Path(sys.argv[3])
     description = json.loads(graph.with_suffix(".json").read_text())
     result = compile_graph(graph.with_suffix(".hlo").read_bytes(), description, slice_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -87,6 +88,8 @@ def prepare(config: RunConfig, hardware: Hardware) -> Setup:
     """
     model, notes = _architecture(config)
     flops = FlopCounter.of_run(model, config.data.seq_len, config.lora)
+    if given := os.environ.get("LIBTPU_INIT_ARGS"):
+        notes += (f"the TPU compiler was told what LIBTPU_INIT_ARGS says, as a run will be: {given}",)
     setup = Setup(config, hardware, model, flops, notes)
     setup.micro_batch_rows  # noqa: B018 (checks that the rows can be dealt out)
     return setup

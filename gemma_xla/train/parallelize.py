@@ -121,6 +121,8 @@ def _use_scan(model: Gemma, backend: Backend, counts: dict[str, int]) -> None:
     def run_layers(h, cos, sin, mask, cache):
         return backend.scan_layers(decoder.layers, h, cos, sin, mask.segment_ids_BS, counts)
 
+    rope = decoder.rope
+    decoder.rope = lambda position_ids_BT: backend.by_positions(rope, position_ids_BT)
     decoder.run_layers = run_layers
 
 

@@ -24,7 +24,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.model.config import splash_takes
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 from gemma_xla.xla.attention import use_splash
-from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, scan_layers
+from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, by_positions, scan_layers
 from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
@@ -135,6 +135,11 @@ class XlaBackend(Backend):
         from torch_xla.utils.checkpoint import checkpoint
 
         return checkpoint(function, *args, preserve_rng_state=draws)
+
+    def by_positions(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], position_ids_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return by_positions(function, position_ids_BT)
 
     def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
         return scan_layers(layers, h, cos, sin, segment_ids, kept)

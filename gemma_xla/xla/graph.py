@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,25 @@ class Fence(torch.autograd.Function):
         copy = grad * 1
         torch_xla._XLAC._xla_optimization_barrier_([copy])
         return copy
+
+
+# A sine of all positions of a row at once is a third of a million instructions, and half a minute of compilation.
+_POSITIONS = 512
+
+
+def by_positions(
+    function: Callable[..., tuple[torch.Tensor, ...]], position_ids_BT: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return ``function(position_ids_BT)``, tensors ``[B, T, ...]``, found in a loop over parts of T."""
+    if position_ids_BT.shape[1] % _POSITIONS or position_ids_BT.shape[1] == _POSITIONS:
+        return function(position_ids_BT)
+
+    def body(carry, inputs):
+        return [carry[0] * 1], list(function(*inputs))
+
+    parts = torch.stack(position_ids_BT.split(_POSITIONS, dim=1))
+    _, tables = _scan_impl_flat(body, [position_ids_BT[0, 0]], [parts])
+    return tuple(table.transpose(0, 1).flatten(1, 2) for table in tables)
 
 
 def scan_layers(

@@ -88,6 +88,14 @@ def test_other_code_asks_anew(monkeypatch):
     assert key(setup()) != before
 
 
+def test_the_user_s_own_compiler_settings_are_planned_with_and_named(monkeypatch):
+    before = key(setup())
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some=1")
+    assert key(setup()) != before
+    assert "LIBTPU_INIT_ARGS" in setup().notes[-1]
+    assert setup().notes[-1].endswith(": --xla_some=1")
+
+
 def test_two_at_once_do_not_disturb_each_other(asked, tmp_path):
     planners = [Planner(Cache(tmp_path)) for _ in range(4)]
     threads = [threading.Thread(target=planner.plan, args=(setup(), "a", None)) for planner in planners]

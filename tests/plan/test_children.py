@@ -43,10 +43,12 @@ def test_a_stage_is_reported_with_its_time(module):
         ("print('so far so good'); raise ValueError('odd')", "failed with exit code 1: ValueError: odd$"),
         ("import os; os.abort()", "ended with signal SIGABRT: "),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL .*ran out of memory.*it said nothing"),
+        ("raise SystemExit(__import__('os').environ['LIBTPU_INIT_ARGS'])", "--xla_some=1$"),
         ("raise SystemExit('libtpu: lockfile /tmp/libtpu_lockfile')", "which another process has locked"),
     ],
 )
-def test_a_crash_is_explained(module, code, message):
+def test_a_crash_is_explained(module, monkeypatch, code, message):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some=1")
     with pytest.raises(PlanError, match=message) as error:
         run(module(code))
     assert error.value.exit_code == 3
