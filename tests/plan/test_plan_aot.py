@@ -94,7 +94,8 @@ def test_trips_and_collectives(config_file, topology):
 def _executed(question: Setup) -> float:
     """FLOPs of a chip's products, those of the attention kernel apart.
 
-    By hand: forward, again for the backward pass but for the last product, and twice that.
+    By hand: forward, again for the backward pass but for the last product, and twice that; and the turns of queries and
+    keys, each a product with a square matrix, forward, again and backward.
     """
     model, tokens = question.model, ROWS * SEQ_LEN
     width = model.num_attention_heads * model.head_dim
@@ -103,7 +104,8 @@ def _executed(question: Setup) -> float:
     attention = 2 * hidden * width + 2 * hidden * keys
     down = hidden * inner
     forward = attention + 2 * down
-    layers = LAYERS * (4 * forward + 3 * down)
+    turns = (width + keys) * model.head_dim
+    layers = LAYERS * (4 * forward + 3 * down + 3 * turns)
     head = 3 * hidden * model.vocab_size
     return 2 * tokens * (layers + head)
 
