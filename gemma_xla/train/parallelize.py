@@ -7,6 +7,7 @@ stored parameters, split like them, which makes the compiler scatter them as it 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,8 +76,13 @@ def _use_as_unit(module: nn.Module, specs: dict[str, Spec], backend: Backend, dt
 def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, section: TrainSection) -> dict[str, Spec]:
     """Compute a layer's matrix products in 8 bits; return the specs of the parameters that have no part in these."""
 
-    def part(spec: Spec, tensor: torch.Tensor) -> Spec:
-        return tuple(axes if size > 1 else None for axes, size in zip(spec, tensor.shape, strict=True))
+    def gather(spec: Spec, x: torch.Tensor) -> torch.Tensor:
+        stored, whole = (
+            tuple(axes if size > 1 else None for axes, size in zip(axes_of, x.shape, strict=True))
+            for axes_of in (spec, gathered(spec))
+        )
+        # Split first, lest the compiler gather what it is made of.
+        return backend.constrain(backend.constrain(x, stored, stored), whole, stored)
 
     rest = dict(specs)
     for name, module in layer.named_modules():
@@ -87,7 +93,7 @@ def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, sectio
             frozenset(section.int8_products),
             section.int8_rounding == "stochastic",
             backend.int8_dot,
-            gather=lambda x, spec=spec: backend.constrain(x, part(gathered(spec), x), part(spec, x)),
+            gather=functools.partial(gather, spec),
             scatter=lambda x, spec=spec: backend.constrain(x, spec, spec),
             layout=backend.loss_layout,
         )

@@ -26,6 +26,7 @@ from gemma_xla.model.int8 import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 from gemma_xla.xla.attention import use_splash
 from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, by_positions, scan_layers
+from gemma_xla.xla.int8 import int8_dot
 from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
@@ -133,7 +134,7 @@ class XlaBackend(Backend):
         return Fence.apply(tensor)
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
-        return torch_xla._XLAC._xla_dot_general(left, right, dims, preferred_element_type=torch.int32)
+        return int8_dot(left, right, dims, self.mesh)
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint
