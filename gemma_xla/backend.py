@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from gemma_xla.model.int8 import Dims, int8_dot
 from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import AXES, MeshShape, Spec
 
@@ -97,6 +98,10 @@ class Backend:
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor``; a compiler may not join what makes its gradient with what uses that."""
         return tensor
+
+    def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
+        """Multiply int8 tensors, summing in int32 (`gemma_xla.model.int8.int8_dot`)."""
+        return int8_dot(left, right, dims)
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""

@@ -130,6 +130,25 @@ def test_steps_are_those_of_peft(kind, remat):
         assert torch.equal(model.get_parameter(name), parameter) and model.get_parameter(name).grad is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_base_in_8_bits(kind):
+    """The base's part of the result and of the gradients is rounded, the adapter's own is not."""
+    results = {}
+    for precision in ("default", "int8"):
+        torch.manual_seed(0)
+        model, specs = build(reference_model(CONFIG), KINDS[kind])
+        section = TrainSection(steps=1, batch_size=1, precision=precision)
+        parallelize(model, specs, CPU, section, torch.float32)
+        summed_loss(model, batch(0, CONFIG), CPU, 16)[0].backward()
+        results[precision] = {name: p.grad for name, p in trained(model)}
+        assert all(p.grad is None for name, p in model.named_parameters() if name not in results[precision])
+    for name, exact in results["default"].items():
+        error = (results["int8"][name] - exact).norm() / exact.norm().clamp(min=1e-30)
+        assert error < 0.1, name
+        if name.endswith("lora_B.weight"):
+            assert error > 1e-6, name
+
+
 def test_dropout_is_that_of_peft_while_training_and_off_otherwise():
     lora = LoraSection(rank=4, dropout=0.5, use_dora=True, target_modules=["q_proj"])
     reference = with_peft(reference_model(CONFIG), lora).train()

@@ -85,6 +85,27 @@ def test_activations_that_are_kept_change_no_number(keep):
 
 
 @pytest.mark.xla
+@pytest.mark.parametrize(
+    ("devices", "mesh", "changes"),
+    [
+        (1, [1, 1, 1], {}),
+        (4, [1, 4, 1], {}),
+        (8, [2, 2, 2], {"layers": "scan", "remat": "full"}),
+    ],
+)
+def test_products_in_8_bits_are_those_of_plain_pytorch(devices, mesh, changes):
+    spec = {"steps": 2, "precision": "int8"}
+    expected = run(spec)
+    result = run_in_process(spec | {"devices": devices, "mesh": mesh} | changes)
+    assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6)
+    # Each device's rows have scales of their own where rows are summed over: the gradients' last digits differ.
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-3)
+    # It is another computation than the plain one.
+    assert result["losses"][0] != pytest.approx(_plain()["losses"][0], rel=1e-5)
+    assert result["compilations"] == [1, 0]
+
+
+@pytest.mark.xla
 def test_rows_so_long_that_rotary_tables_are_made_in_a_loop():
     spec = {"steps": 2, "sizes": [[4, 1024]] * 2}
     expected = run(spec)

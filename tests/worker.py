@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "keep": {},
     "grad_accum": 1,
     "steps": 4,
+    "precision": "default",
     "clip_norm": 1.0,
     "rates": None,
     "dtype": "float32",
@@ -76,7 +77,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if lora:
         make = adapted(HfReader(spec["from"]), backend, 0)
     model, specs = build_model(config, backend, make, backend.attention(config.head_dim, 32), lora)
-    train = TrainSection(steps=1, batch_size=1, layers=spec["layers"], remat=spec["remat"], keep=spec["keep"])
+    train = {name: spec[name] for name in ("layers", "remat", "keep", "precision")}
+    train = TrainSection(steps=1, batch_size=1, **train)
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
     step = TrainStep(model, optimizer, backend, clip_norm=spec["clip_norm"], loss_chunk=16)

@@ -13,6 +13,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 # The results of a layer's matrix products that a backward pass needs: beside them and the layer's input, only cheap
 # things have to be computed again. "attention" is what comes out of it, with the kernel's log-sum-exp.
 ACTIVATIONS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")
+# The three products of a linear layer and its backward pass.
+INT8_PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ class LoraLinear(nn.Linear):
     present length counts as a constant (section 4.3 there).
     """
 
+    # How the frozen weight is multiplied: another precision takes its place.
+    product = staticmethod(F.linear)
+
     def __init__(self, in_features: int, out_features: int, lora: LoraSection) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.lora_A = nn.Linear(in_features, lora.rank, bias=False)
@@ -37,7 +40,7 @@ class LoraLinear(nn.Linear):
         self.use_dora, self.dropout, self.scaling = lora.use_dora, lora.dropout, scaling(lora)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = F.linear(x, self.weight)
+        plain = self.product(x, self.weight)
         dropping = self.training and self.dropout > 0
         dropped = kept().dropout(x, self.dropout) if dropping else x
         # Scaled where it is narrow.
@@ -46,7 +49,7 @@ class LoraLinear(nn.Linear):
             return plain + added
         ratio = (self.lora_magnitude_vector / self._lengths()).to(x.dtype)
         # What dropout leaves out of the adapter's input changes no row's length.
-        base = F.linear(dropped, self.weight) if dropping else plain
+        base = self.product(dropped, self.weight) if dropping else plain
         return plain + (ratio - 1) * base + ratio * added
 
     @torch.no_grad()

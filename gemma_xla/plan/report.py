@@ -160,7 +160,9 @@ def _speed(plan: Plan) -> list[str]:
     bound = f" ESTIMATE; upper bound {duration(figures.upper_bound_seconds)} (nothing overlaps)"
     step += bound if plan.compiled else ""
     square = f"{most}{figures.mfu_full_square:.1%} full-square"
-    rows = [["step", step], ["MFU", f"{most}{figures.mfu:.1%} causal, {square}"]]
+    # Of the bfloat16 peak: effective where products are in 8 bits.
+    name = "EMFU" if plan.settings.get("precision") == "int8" else "MFU"
+    rows = [["step", step], [name, f"{most}{figures.mfu:.1%} causal, {square}"]]
     rows.append(["tokens/s/chip", f"{most}{figures.tokens_per_second:,.0f}"])
     rows.append(["tokens per dollar", f"{most}{count(figures.tokens_per_dollar)}"])
     rows.append(["dollars per hour", f"{figures.dollars_per_hour:,.2f} ({plan.num_chips:,} x {figures.price:.2f})"])

@@ -145,7 +145,7 @@ class Plan:
         topology: the slice, such as v5e-256; several of them: 2xv5e-256.
         mesh: devices along each axis, all slices together.
         settings: what the speed depends on: seq_len, batch_size_per_device, grad_accum, remat, layers, attention,
-            compute_dtype, lora_rank (None: full training).
+            compute_dtype, precision, lora_rank (None: full training).
         rows: sequences per step, on all chips together.
         compiled: whether the TPU compiler was asked; otherwise everything is arithmetic, a bound rather than an
             estimate: ``estimate`` is None and the figures are those of a machine that loses no time.

@@ -103,7 +103,7 @@ def check(setup: Setup) -> None:
     """
     from gemma_xla.model.lora import check_lora
     from gemma_xla.train.build import plan_shards
-    from gemma_xla.train.checks import check_scan, check_seq_len
+    from gemma_xla.train.checks import check_int8, check_scan, check_seq_len
 
     tensor, hosts = setup.hardware.mesh.tensor, setup.hardware.num_hosts
     if tensor > 1 and hosts > 1:
@@ -112,6 +112,7 @@ def check(setup: Setup) -> None:
         )
     check_seq_len(setup.config, setup.model)
     check_scan(setup.config, setup.model)
+    check_int8(setup.config, setup.micro_batch_rows, setup.hardware.slice_mesh.batch_shards)
     if setup.config.lora:
         check_lora(setup.config.lora, setup.model)
     plan_shards(setup.model, setup.hardware.slice_mesh, setup.config.lora)

@@ -44,8 +44,10 @@ def step_time(setup: Setup) -> StepTime:
     """Return the parts of the bound of a step's time."""
     chip, dcn = setup.hardware.chip, dcn_collective(setup)
     trained = setup.memory.trained
+    all_flops, int8 = executed_flops(setup), int8_flops(setup)
+    chip_seconds = (all_flops - int8) / chip.peak_flops.value + int8 / chip.peak_int8.value
     return StepTime(
-        compute=setup.rows * executed_flops(setup) / (setup.hardware.num_chips * chip.peak_flops.value),
+        compute=setup.rows * chip_seconds / setup.hardware.num_chips,
         # Weights and moments, read and written.
         optimizer=2 * 3 * trained / chip.hbm_bandwidth.value,
         ici=_ici_bytes(setup) / (chip.num_links.value * chip.link_bandwidth.value),
@@ -77,6 +79,23 @@ def executed_flops(setup: Setup) -> float:
     return total
 
 
+def int8_flops(setup: Setup) -> float:
+    """Those of `executed_flops` that are in 8 bits."""
+    train, num_layers = setup.config.train, setup.model.num_hidden_layers
+    if train.precision != "int8":
+        return 0.0
+    terms = [term for term in setup.flops.terms() if term.name in projections(setup.model)]
+    kept = setup.kept | {"down_proj": num_layers}
+    total = 0.0
+    for term in terms:
+        again = 1 - kept.get(term.name, 0) / num_layers if computes_twice(setup) else 0
+        parts = {"output": term.forward * (1 + again), "grad_input": term.forward, "grad_weight": term.forward}
+        if setup.config.lora:
+            parts |= {"grad_input": term.forward * (num_layers - 1) / num_layers, "grad_weight": 0}
+        total += sum(parts[name] for name in train.int8_products)
+    return total
+
+
 def computes_twice(setup: Setup) -> bool:
     """Whether the backward pass runs the layers' forward pass again, in part at least."""
     return setup.config.train.remat == "full" or setup.config.train.layers == "scan"
@@ -93,13 +112,20 @@ def _ici_bytes(setup: Setup) -> float:
     section, mesh, layers = setup.config.train, setup.hardware.slice_mesh, setup.model.num_hidden_layers
     remat = computes_twice(setup)
     # Of whole weights as they are used; each chip has its part already.
-    weights = outer_parameters(setup) + (2 if remat else 1) * layers * layer_parameters(setup)
-    gathered = weights * itemsize(setup) * (mesh.fsdp - 1) / mesh.fsdp
+    weights = (2 if remat else 1) * layers * layer_parameters(setup) * _weight_bytes(setup)
+    gathered = (outer_parameters(setup) * itemsize(setup) + weights) * (mesh.fsdp - 1) / mesh.fsdp
     part = gradient_bytes(setup)
     scattered = part * (mesh.fsdp - 1) + _all_reduced(part, mesh.data)
     sums = layers * (3 if remat else 2) - setup.kept.get("o_proj", 0) + 2 * (layers - bool(setup.config.lora))
     summed = sums * _all_reduced(positions(setup) * setup.model.hidden_size * itemsize(setup), mesh.tensor)
     return section.grad_accum * (gathered + scattered + summed)
+
+
+def _weight_bytes(setup: Setup) -> int:
+    """Bytes in which an element of a layer's weights is sent to where it is used."""
+    used = {"output", "grad_input"}
+    in_8_bits = used & set(setup.config.train.int8_products) if setup.config.train.precision == "int8" else set()
+    return bool(in_8_bits) + itemsize(setup) * bool(used - in_8_bits)
 
 
 def _all_reduced(num_bytes: int, ways: int) -> float:

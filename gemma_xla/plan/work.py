@@ -121,6 +121,7 @@ def _plan(
         "layers": config.train.layers,
         "attention": config.model.attention,
         "compute_dtype": setup.dtype_name,
+        "precision": config.train.precision,
         "lora_rank": config.lora and config.lora.rank,
     }
     return Plan(

@@ -14,6 +14,7 @@ from gemma_xla.hf.config import config_json
 from gemma_xla.hf.folder import ADAPTER, check_free
 from gemma_xla.hf.writer import parse_size
 from gemma_xla.model.config import GemmaConfig
+from gemma_xla.model.int8 import MOST_SUMMED
 from gemma_xla.train.folder import RunFolder
 
 # Three arrays of int32 and one of int64 for each position (`gemma_xla.data.packing.pack`).
@@ -54,6 +55,19 @@ def check_scan(config: RunConfig, model: GemmaConfig) -> None:
     """
     if config.train.layers == "scan" and len({model.window(i) for i in range(model.num_hidden_layers)}) > 1:
         raise UserError("train.layers is 'scan', which needs equal layers, but layer_types differ; set it to 'loop'")
+
+
+def check_int8(config: RunConfig, micro_batch_rows: int, batch_shards: int) -> None:
+    """
+    Raises:
+        UserError: more products of 8-bit integers are summed than 32 bits hold.
+    """
+    positions = micro_batch_rows // batch_shards * config.data.seq_len
+    if config.train.precision == "int8" and "grad_weight" in config.train.int8_products and positions > MOST_SUMMED:
+        raise UserError(
+            f"train.precision is 'int8', and a device has {positions} positions of a micro-batch; sums of more than "
+            f"{MOST_SUMMED} overflow: raise train.grad_accum, or leave grad_weight out of train.int8_products"
+        )
 
 
 def check_memory(

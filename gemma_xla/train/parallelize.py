@@ -7,6 +7,7 @@ stored parameters, split like them, which makes the compiler scatter them as it 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from torch import nn
 from gemma_xla.backend import Backend
 from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
+from gemma_xla.model.int8 import Int8, int8_linear
 from gemma_xla.model.kept import kept
 from gemma_xla.model.layers import RMSNorm
-from gemma_xla.model.lora import LoraLinear
+from gemma_xla.model.lora import LoraLinear, is_adapter
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
 
 
@@ -32,7 +34,7 @@ def parallelize(
         model: its parameters already placed.
         specs: how each parameter is stored.
         backend: where it runs.
-        section: the config's ``train``: ``remat`` and ``layers``.
+        section: the config's ``train``: ``precision``, ``remat``, ``layers``.
         dtype: the compute dtype of matrices; norms keep the dtype they are stored in.
     """
     _constrain_activations(model, backend)
@@ -41,6 +43,8 @@ def parallelize(
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}."
         own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
+        if section.precision == "int8":
+            own = _use_int8(layer, own, backend, section)
         _use_as_unit(layer, own, backend, dtype)
         if section.remat == "full" and section.layers == "loop":
             _use_remat(layer, backend)
@@ -67,6 +71,37 @@ def _use_as_unit(module: nn.Module, specs: dict[str, Spec], backend: Backend, dt
             return plain(*args, **kwargs)
 
     module.forward = forward
+
+
+def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, section: TrainSection) -> dict[str, Spec]:
+    """Compute a layer's matrix products in 8 bits; return the specs of the parameters that have no part in these."""
+
+    def gather(spec: Spec, x: torch.Tensor) -> torch.Tensor:
+        stored, whole = (
+            tuple(axes if size > 1 else None for axes, size in zip(axes_of, x.shape, strict=True))
+            for axes_of in (spec, gathered(spec))
+        )
+        # Split first, lest the compiler gather what it is made of.
+        return backend.constrain(backend.constrain(x, stored, stored), whole, stored)
+
+    rest = dict(specs)
+    for name, module in layer.named_modules():
+        if not isinstance(module, nn.Linear) or is_adapter(f"{name}.weight"):
+            continue
+        spec = rest.pop(f"{name}.weight")
+        how = Int8(
+            frozenset(section.int8_products),
+            section.int8_rounding == "stochastic",
+            backend.int8_dot,
+            gather=functools.partial(gather, spec),
+            scatter=lambda x, spec=spec: backend.constrain(x, spec, spec),
+            layout=backend.loss_layout,
+        )
+        if isinstance(module, LoraLinear):
+            module.product = lambda x, weight, how=how: int8_linear(x, weight, how)
+        else:
+            module.forward = lambda x, module=module, how=how: int8_linear(x, module.weight, how)
+    return rest
 
 
 @contextmanager

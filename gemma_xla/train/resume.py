@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_xla.backend import Backend
 from gemma_xla.checkpoint import CheckpointReader
+from gemma_xla.config_file import validate
 from gemma_xla.errors import UserError
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.sharding import Spec
@@ -24,7 +25,8 @@ from gemma_xla.train.optimizer import MOMENTS, step_count
 _FREE = (
     *("output_dir", "seed", "model.", "mesh.", "eval.", "checkpoint.", "export.", "log.", "hardware."),
     *("data.train", "data.eval", "data.tokenizer", "data.vocab_size", "data.shuffle", "data.prefetch"),
-    *("train.batch_size", "train.grad_accum", "train.compute_dtype", "train.remat", "train.layers", "train.loss_chunk"),
+    *("train.batch_size", "train.grad_accum", "train.compute_dtype"),
+    *("train.remat", "train.keep", "train.layers", "train.loss_chunk"),
 )
 
 
@@ -40,8 +42,9 @@ def check_changes(folder: Path, saved: dict[str, Any], now: dict[str, Any], acce
     Raises:
         UserError: they differ in what decides the results; every difference is named.
     """
-    # Through JSON, as the saved one went: tuples become lists.
+    # Through JSON, as the saved one went: tuples become lists. A setting that did not exist then had its default.
     now = json.loads(json.dumps(now))
+    saved = saved | {"config": validate(saved["config"], f"of {folder}").model_dump(mode="json")}
     if different := _differences(saved["model"], now["model"]):
         raise UserError(
             f"checkpoint {folder}: it is of another model: {', '.join(different.values())}; set the config back, or "

@@ -63,6 +63,7 @@ class Run:
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
+        checks.check_int8(config, self.micro_batch_rows, self.backend.batch_shards)
         self.chip, self.num_chips = self._chips()
         self.compute_dtype = self._compute_dtype()
         rows = self.micro_batch_rows * config.train.grad_accum

@@ -22,9 +22,11 @@ from gemma_xla.backend import Backend, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import splash_takes
+from gemma_xla.model.int8 import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 from gemma_xla.xla.attention import use_splash
 from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, by_positions, scan_layers
+from gemma_xla.xla.int8 import int8_dot
 from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
@@ -130,6 +132,9 @@ class XlaBackend(Backend):
 
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         return Fence.apply(tensor)
+
+    def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
+        return int8_dot(left, right, dims, self.mesh)
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint

@@ -63,6 +63,13 @@ class MeshLayout(Layout):
         return carry, [*results.unbind(), *rest]
 
 
+def _fenced(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the compiler may not compute together with what uses it."""
+    copy = tensor * 1
+    torch_xla._XLAC._xla_optimization_barrier_([copy])
+    return copy
+
+
 class Fence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
@@ -70,9 +77,7 @@ class Fence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        copy = grad * 1
-        torch_xla._XLAC._xla_optimization_barrier_([copy])
-        return copy
+        return _fenced(grad)
 
 
 # A sine of all positions of a row at once is a third of a million instructions, and half a minute of compilation.

@@ -16,7 +16,13 @@ from gemma_xla.sharding import AXES, MeshShape
 # Shape and type of each argument.
 Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
-JAX_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int32: "int32", torch.bool: "bool"}
+JAX_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
 # The version of Mosaic's code that this release's libtpu reads; without a TPU, jax would ask for a newer one.
 _MOSAIC_VERSION = 7
 

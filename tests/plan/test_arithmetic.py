@@ -13,7 +13,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter
 from gemma_xla.plan.arithmetic import advice, available, bounds
 from gemma_xla.plan.dcn import dcn_collective, gradient_bytes
-from gemma_xla.plan.step_time import executed_flops, step_time
+from gemma_xla.plan.step_time import executed_flops, int8_flops, step_time
 from gemma_xla.plan.temporaries import temporaries
 from gemma_xla.sharding import MeshShape
 from gemma_xla.train.build import empty_model, plan_shards, trained
@@ -128,6 +128,21 @@ def test_what_the_kernel_and_what_is_kept_save():
     # The kernel leaves out half of the square; what is kept is not computed again.
     again = 2 * T * (LAYER - D * F) * L - 6 * 2 * T * D * F
     assert executed_flops(setup) == setup.flops.per_sequence(causal=True) + again
+
+
+def test_products_in_8_bits_by_hand():
+    plain, int8 = a_setup("train.grad_accum=2"), a_setup("train.grad_accum=2", train=TRAIN | {"precision": "int8"})
+    products = 2 * T * (4 * LAYER - D * F) * L
+    assert executed_flops(int8) == executed_flops(plain)
+    assert int8_flops(plain) == 0
+    assert int8_flops(int8) == products
+    # Twice as fast, and half the bytes of the layers' weights, which are gathered twice.
+    saved = 2 * products * (1 / 197e12 - 1 / 393e12)
+    assert step_time(plain).compute - step_time(int8).compute == pytest.approx(saved)
+    saved = 2 * 2 * L * LAYER * 255 / 256 / (4 * 45e9)
+    assert step_time(plain).ici - step_time(int8).ici == pytest.approx(saved)
+    some = a_setup(train=TRAIN | {"precision": "int8", "int8_products": ["output", "grad_weight"]})
+    assert int8_flops(some) == products - 2 * T * LAYER * L
 
 
 def test_lora_counts_no_gradient_below_the_first_adapter():

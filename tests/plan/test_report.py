@@ -120,6 +120,9 @@ def test_speed_and_cost_by_hand():
     # 8192 / 1.249 = 6558.8; x 3600 / 1.2 = 19.68 million; 6e12 / 19.68e6 = 304,932; / 307.2 / 24 = 41.4 days.
     assert line_of(report, "step") == "step               1.249 s ESTIMATE; upper bound 1.6 s (nothing overlaps)"
     assert line_of(report, "MFU").split(maxsplit=1)[1] == "56.1% causal, 62.1% full-square"
+    assert "EMFU" not in report
+    in_8_bits = text(make_plan(settings={**SETTINGS, "precision": "int8"}))
+    assert line_of(in_8_bits, "EMFU").split(maxsplit=1)[1] == "56.1% causal, 62.1% full-square"
     assert line_of(report, "tokens/s/chip").split()[1] == "6,559"
     assert line_of(report, "tokens per dollar").endswith("19.68 million")
     assert line_of(report, "dollars per hour").endswith("307.20 (256 x 1.20)")
