@@ -91,23 +91,53 @@ def test_trips_and_collectives(config_file, topology):
     assert plan.estimate.parts["attention"] == pytest.approx(blocks * ATTENTION_SECONDS[topology], rel=1e-6)
 
 
+def test_products_in_8_bits(config_file):
+    """All of the layers' products are, and their weights travel in 8 bits."""
+    question = setup(config_file, "v5e-4")
+    chip, plans = question.hardware.chip, {}
+    for precision in ("default", "int8"):
+        overrides = ["train.precision=int8"] if precision == "int8" else []
+        plans[precision], _ = work._by_compiler(
+            setup(config_file, "v5e-4", *overrides), compiled(config_file, "v5e-4", *overrides)
+        )
+    ideal = {name: sum(m.ideal_seconds for m in plan.estimate.matmuls) for name, plan in plans.items()}
+    layers, rest = _products(question)
+    assert ideal["default"] == pytest.approx((layers + rest) / chip.peak_flops.value, rel=0.02)
+    expected = layers / chip.peak_int8.value + rest / chip.peak_flops.value
+    assert ideal["int8"] == pytest.approx(expected, rel=0.02)
+    gathered = {
+        name: sum(c.num_bytes for c in plan.estimate.collectives if c.kind == "all-gather")
+        for name, plan in plans.items()
+    }
+    weights = 2 * LAYERS * _forward(question)
+    assert gathered["default"] - gathered["int8"] == pytest.approx(weights, rel=0.05)
+
+
 def _executed(question: Setup) -> float:
-    """FLOPs of a chip's products, those of the attention kernel apart.
+    """FLOPs of a chip's products, those of the attention kernel apart."""
+    return sum(_products(question))
+
+
+def _forward(question: Setup) -> int:
+    """Weights of a layer."""
+    model = question.model
+    width = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    return model.hidden_size * (2 * width + 2 * keys + 3 * model.intermediate_size)
+
+
+def _products(question: Setup) -> tuple[float, float]:
+    """FLOPs of the layers' products with weights, and of the others.
 
     By hand: forward, again for the backward pass but for the last product, and twice that; and the turns of queries and
     keys, each a product with a square matrix, forward, again and backward.
     """
     model, tokens = question.model, ROWS * SEQ_LEN
-    width = model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    hidden, inner = model.hidden_size, model.intermediate_size
-    attention = 2 * hidden * width + 2 * hidden * keys
-    down = hidden * inner
-    forward = attention + 2 * down
-    turns = (width + keys) * model.head_dim
-    layers = LAYERS * (4 * forward + 3 * down + 3 * turns)
-    head = 3 * hidden * model.vocab_size
-    return 2 * tokens * (layers + head)
+    forward, down = _forward(question), model.hidden_size * model.intermediate_size
+    heads = model.num_attention_heads + model.num_key_value_heads
+    turns = LAYERS * 3 * heads * model.head_dim**2
+    head = 3 * model.hidden_size * model.vocab_size
+    return 2 * tokens * LAYERS * (4 * forward - down), 2 * tokens * (turns + head)
 
 
 def test_more_rows_and_micro_batches_cost_what_they_should(config_file):
