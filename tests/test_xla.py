@@ -91,6 +91,7 @@ def test_activations_that_are_kept_change_no_number(keep):
         (1, [1, 1, 1], {}),
         (4, [1, 4, 1], {}),
         (8, [2, 2, 2], {"layers": "scan", "remat": "full"}),
+        (4, [2, 2, 1], {"layers": "scan", "remat": "full", "int8_rounding": "stochastic"}),
     ],
 )
 def test_products_in_8_bits_are_those_of_plain_pytorch(devices, mesh, changes):
@@ -98,8 +99,10 @@ def test_products_in_8_bits_are_those_of_plain_pytorch(devices, mesh, changes):
     expected = run(spec)
     result = run_in_process(spec | {"devices": devices, "mesh": mesh} | changes)
     assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6)
-    # Each device's rows have scales of their own where rows are summed over: the gradients' last digits differ.
-    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-3)
+    # Each device's rows have scales of their own where rows are summed over: the gradients' last digits differ; with
+    # rounding at random those before them too.
+    tolerance = 5e-3 if "int8_rounding" in changes else 2e-3
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=tolerance)
     # It is another computation than the plain one.
     assert result["losses"][0] != pytest.approx(_plain()["losses"][0], rel=1e-5)
     assert result["compilations"] == [1, 0]

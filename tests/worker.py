@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "grad_accum": 1,
     "steps": 4,
     "precision": "default",
+    "int8_rounding": "nearest",
     "clip_norm": 1.0,
     "rates": None,
     "dtype": "float32",
@@ -77,7 +78,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if lora:
         make = adapted(HfReader(spec["from"]), backend, 0)
     model, specs = build_model(config, backend, make, backend.attention(config.head_dim, 32), lora)
-    train = {name: spec[name] for name in ("layers", "remat", "keep", "precision")}
+    train = {name: spec[name] for name in ("layers", "remat", "keep", "precision", "int8_rounding")}
     train = TrainSection(steps=1, batch_size=1, **train)
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
