@@ -16,8 +16,7 @@ from gemma_xla.train.metrics import read_metrics
 
 # What must be the same in both runs' records; the rest are times.
 RECORDED = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
-# Fractions of a process's steps: after warm-up and at the end; the thirds after warm-up.
-EARLY, LATE = (0.2, 0.4), (0.8, 1.0)
+# Fractions of a process's steps: the thirds after warm-up.
 THIRDS = (0.2, 0.45), (0.45, 0.7), (0.7, 1.0)
 # Samples in either.
 ENOUGH = 10
@@ -89,17 +88,17 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def growth(samples: list[Sample]) -> tuple[float, int, int] | None:
     """What a process held at its end beyond what it held after warm-up: memory (a fraction), file handles, threads.
 
-    Of memory the most in either part counts: the allocator keeps what a checkpoint needed, or gives it back, as it
-    likes. Of handles and threads both the least and the most must have grown: checkpoints and evaluations have theirs
-    for a while, on a busy machine for nearly all of a part. And they must have grown twice, from third to third: a
-    pool that gets its last thread late, or a file that is opened late, stays at that; a leak goes on. None: there are
-    too few samples to tell.
+    Both the least and the most must have grown: checkpoints and evaluations need theirs for a while, on a busy machine
+    for nearly all of a part. And they must have grown twice, from third to third: an allocator that still learns what a
+    checkpoint needs, a pool that gets its last thread late, a file that is opened late, stay at that; a leak goes on.
+    Of memory, which is never quite still, twice the least of these growths counts. None: there are too few samples to
+    tell.
     """
-    parts = [_between(samples, *bounds) for bounds in (EARLY, LATE, *THIRDS)]
-    if min(map(len, parts)) < ENOUGH:
+    thirds = [_between(samples, *bounds) for bounds in THIRDS]
+    if min(map(len, thirds)) < ENOUGH:
         return None
-    early, late, *thirds = parts
-    memory = max(s.rss for s in late) / max(s.rss for s in early) - 1
+    held = [[extreme(s.rss for s in third) for third in thirds] for extreme in (min, max)]
+    memory = 2 * min(late / early - 1 for either in held for early, late in pairwise(either))
     handles = _grown(*([s.handles for s in third] for third in thirds))
     return memory, handles, _grown(*([s.threads for s in third] for third in thirds))
 
