@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,12 +73,20 @@ class Progress:
             self.stream.flush()
 
 
-def run(module: str, arguments: list[str | Path], stage: str, progress: Progress, timeout: float) -> None:
+def run(
+    module: str,
+    arguments: list[str | Path],
+    stage: str,
+    progress: Progress,
+    timeout: float,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """Run ``python -m module`` to its end; if this process ends first, that one does too.
 
     Args:
         stage: what it does, for people.
         timeout: seconds.
+        meanwhile: called here while it runs; what that raises ends it.
 
     Raises:
         PlanError: it failed or took longer. Its last words are in the message.
@@ -88,6 +97,8 @@ def run(module: str, arguments: list[str | Path], stage: str, progress: Progress
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
+            if meanwhile:
+                meanwhile()
             while process.poll() is None:
                 elapsed = time.monotonic() - start
                 if elapsed > timeout:

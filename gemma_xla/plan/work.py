@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +40,14 @@ def work_out(setup: Setup, progress: Progress, timeout: float) -> tuple[Plan, li
     Raises:
         UserError: the run would refuse to start, or the compiler failed (`PlanError`).
     """
-    check(setup)
     if not all(find_spec(name) for name in ("jax", "jaxlib", "libtpu", "torch_xla")):
+        check(setup)
         return _by_arithmetic(setup), []
 
     def run(module: str, arguments: Sequence[Path | str], stage: str) -> None:
-        children.run(module, arguments, stage, progress, timeout)
+        # The checks load PyTorch, as the first child does: seconds, of either.
+        meanwhile = functools.partial(check, setup) if stage == "trace" else None
+        children.run(module, arguments, stage, progress, timeout, meanwhile)
 
     try:
         with tempfile.TemporaryDirectory(prefix="gemma-xla-plan-") as folder:

@@ -99,3 +99,18 @@ def alive(pid: int) -> bool:
     # A zombie that nobody has waited for yet has ended, too.
     with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
         return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_is_wrong_here_ends_it(module, tmp_path):
+    started = tmp_path / "pid"
+    name = module(f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+
+    def wrong() -> None:
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        children.run(name, ["1"], "trace", Progress(io.StringIO()), 60.0, wrong)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
