@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gemma_xla.config import LoraSection, TrainSection
+from gemma_xla.config import TrainSection
 from gemma_xla.model.config import INT8_PRODUCTS
 from gemma_xla.model.int8 import LARGEST, MOST_SUMMED, Int8, int8_dot, int8_linear, quantise
 from gemma_xla.model.loss import Layout
@@ -153,4 +153,3 @@ def test_config():
     assert section.int8_products == list(INT8_PRODUCTS)
     with pytest.raises(ValueError, match="int8_products"):
         TrainSection(steps=1, batch_size=1, precision="int8", int8_products=[])
-    assert LoraSection(rank=1).rank == 1
