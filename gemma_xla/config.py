@@ -102,8 +102,10 @@ class TrainSection(Section):
     # With int8: which of a layer's three products; and how its gradients are rounded.
     int8_products: Annotated[list[Literal[INT8_PRODUCTS]], Field(min_length=1)] = list(INT8_PRODUCTS)
     int8_rounding: Literal["nearest", "stochastic"] = "nearest"
-    # "full" keeps only each layer's input for the backward pass and computes the rest again.
-    remat: Literal["none", "full"] = "none"
+    # "full" keeps only each layer's input for the backward pass and computes the rest again; "none" computes nothing
+    # twice; "auto" keeps as much as the devices' memory has room for, by arithmetic (what it came to is in the run's
+    # config.yaml). `gemma-xla plan` asks the compiler.
+    remat: Literal["auto", "none", "full"] = "auto"
     # With "full" and layers "scan": what is kept too, and in how many of the first layers (or "all"): q_proj, k_proj,
     # v_proj, attention, o_proj, gate_proj, up_proj (what these return). Where layers are not scanned, nothing more is.
     keep: dict[Literal[ACTIVATIONS], int | Literal["all"]] = {}
@@ -124,6 +126,15 @@ class TrainSection(Section):
             if layers != "all" and (type(layers) is not int or layers < 1):
                 raise ValueError(f"{name} is {layers!r}; it must be 'all', or the number of layers, at least 1")
         return keep
+
+    @model_validator(mode="after")
+    def _keep_or_auto(self) -> TrainSection:
+        if self.keep and self.remat == "auto":
+            raise ValueError(
+                f"keep is {self.keep} and remat is 'auto', which chooses what to keep by itself; set remat=full, or "
+                "leave keep out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_schedule_fits(self) -> TrainSection:
@@ -156,7 +167,7 @@ class TrainSection(Section):
 
     def kept(self, num_layers: int) -> dict[str, int]:
         """In how many layers each named activation is kept for the backward pass; the rest is computed again."""
-        if self.remat == "none":
+        if self.remat != "full":
             return dict.fromkeys(ACTIVATIONS, num_layers)
         return {name: num_layers if count == "all" else min(count, num_layers) for name, count in self.keep.items()}
 

@@ -18,6 +18,7 @@ ORDER = [
     {"", "__main__", "cli"},
     {"plan"},
     {"train"},
+    {"temporaries"},
     {"infer"},
     {"weights"},
     {"checkpoint", "hf"},

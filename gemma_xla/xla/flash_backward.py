@@ -80,6 +80,33 @@ def flash_backward(
     shared = num_heads // k_KTH.shape[0]
     block, _ = blocks
     table = steps(positions, block, window)
+    inputs, in_specs, out_specs = _arguments(q_NTH, k_KTH, v_KTH, out_NTH, lse_NT, grad_NTH, segment_ids_T, block)
+    name = f"flash_backward_{'segmented_' if segment_ids_T is not None else ''}{'_'.join(map(str, blocks))}"
+    scratch = [(block, head_dim)] * 3 + [(positions, head_dim)] * (1 if shared == 1 else 3)
+    call = pl.pallas_call(
+        functools.partial(_kernel, len(inputs), shared, window, blocks),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(table),
+            grid=(num_heads, table.shape[1]),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NTH, k_KTH, v_KTH)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM),
+        name=name,
+        interpret=interpret,
+    )
+    with jax.named_scope(name):
+        return call(*table, *inputs)
+
+
+def _arguments(
+    q_NTH, k_KTH, v_KTH, out_NTH, lse_NT, grad_NTH, segment_ids_T, block: int
+) -> tuple[list[jax.Array], list[pl.BlockSpec], list[pl.BlockSpec]]:
+    """What the kernel takes, which part of each belongs to a step, and of each result."""
+    num_heads, positions, head_dim = q_NTH.shape
+    shared = num_heads // k_KTH.shape[0]
     mean_NT = (out_NTH.astype(jnp.float32) * grad_NTH.astype(jnp.float32)).sum(-1)
 
     def spec(shape: tuple, index: Callable) -> pl.BlockSpec:
@@ -101,24 +128,7 @@ def flash_backward(
         # For keys as columns, one in each lane.
         inputs += [rows(segment_ids_T), jnp.broadcast_to(segment_ids_T[:, None], (positions, _LANES))]
         specs += [of_all, spec((block, _LANES), lambda head, q, kv: (kv, 0))]
-    name = f"flash_backward_{'segmented_' if segment_ids_T is not None else ''}{'_'.join(map(str, blocks))}"
-    scratch = [(block, head_dim)] * 3 + [(positions, head_dim)] * (1 if shared == 1 else 3)
-    call = pl.pallas_call(
-        functools.partial(_kernel, len(specs), shared, window, blocks),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(table),
-            grid=(num_heads, table.shape[1]),
-            in_specs=specs,
-            out_specs=[of_done, of_keys, of_keys],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NTH, k_KTH, v_KTH)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM),
-        name=name,
-        interpret=interpret,
-    )
-    with jax.named_scope(name):
-        return call(*table, *inputs)
+    return inputs, specs, [of_done, of_keys, of_keys]
 
 
 def _kernel(num_inputs: int, shared: int, window: int | None, blocks: tuple[int, int], *refs) -> None:
