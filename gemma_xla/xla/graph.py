@@ -18,6 +18,7 @@ from gemma_xla.model.attention import Mask
 from gemma_xla.model.kept import Kept, Noting, Replaying, using
 from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import BATCH, MeshShape, Spec
+from gemma_xla.xla.tpu import in_rows
 from gemma_xla.xla.unfilled import Unfilled
 
 
@@ -139,13 +140,14 @@ def scan_layers(
             how many of the first layers. Layers that keep the same are one loop.
     """
     constants = [x for x in (cos, sin, segment_ids_BT) if x is not None]
+    mesh = MeshShape(*xs.get_global_mesh().mesh_shape)
     names = [name for name, _ in layers[0].named_parameters()]
     per_layer = [dict(layer.named_parameters()) for layer in layers]
     ends = sorted({min(count, len(layers)) for count in kept.values()} | {len(layers)})
     for start, end in zip([0, *ends], ends, strict=False):
         stacked = [torch.stack([parameters[name] for parameters in per_layer[start:end]]) for name in names]
         keeps = frozenset(name for name, count in kept.items() if count > start)
-        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled())
+        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled(), mesh)
         h_BTD = _Layers.apply(loop, h_BTD, *constants, *stacked)
     return h_BTD
 
@@ -157,6 +159,7 @@ class _Loop:
     kept: frozenset[str]
     num_constants: int
     has_backward: bool
+    mesh: MeshShape
 
     def split(self, tensors):
         return tensors[: self.num_constants], tensors[self.num_constants :]
@@ -184,7 +187,8 @@ class _Layers(torch.autograd.Function):
             if not loop.has_backward:
                 return [out, *constants], []
             values = [value for name in noted[-1].values for value in noted[-1].values[name]]
-            return [out, *constants], [h * 1, *values]
+            # As the backward loop wants it: otherwise the inputs of all layers are laid out anew between the loops.
+            return [in_rows(out, loop.mesh), *constants], [h * 1, *values]
 
         with Unfilled() as buffers:
             (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], list(stacked))
