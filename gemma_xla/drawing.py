@@ -52,6 +52,11 @@ def legend(axes: Axes, **options: object) -> None:
     axes.legend(facecolor=PAPER, edgecolor="lightgray", labelcolor=INK, fontsize=9, **options)
 
 
+def at_end(axes: Axes, x: float, y: float | str, words: str) -> None:
+    """Write what a bar comes to beside its end."""
+    axes.annotate(words, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+
+
 def _on_paper(axes: Axes) -> None:
     axes.set_facecolor(PAPER)
     axes.tick_params(colors=INK, labelsize=9)

@@ -46,7 +46,7 @@ def execute(path: Path, environment: dict[str, str] | None = None) -> nbformat.N
     """
     notebook = nbformat.read(path, as_version=4)
     environment = dict(os.environ if environment is None else environment)
-    # Models this small gain little from a second thread, and on a busy machine lose most of their time by waiting for it.
+    # Models this small gain little from a second thread, and on a busy machine lose most of their time to it.
     environment.setdefault("OMP_NUM_THREADS", "1")
     # The library of this tree, whichever is installed.
     environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), *filter(None, [environment.get("PYTHONPATH")])])

@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_xla.drawing import BLUE, COLOURS, GREEN, INK, ORANGE, SKY, label, legend, new_figure
+from gemma_xla.drawing import BLUE, COLOURS, GREEN, INK, ORANGE, SKY, at_end, label, legend, new_figure
 from gemma_xla.errors import UserError
 from gemma_xla.flops import FlopCounter
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from gemma_xla.model.config import GemmaConfig
@@ -53,9 +52,9 @@ def draw_terms(counters: Mapping[str, tuple[FlopCounter, bool]]) -> Figure:
             axes.barh(list(sizes), list(sizes.values()), label=group, **bars)
         ends = {name: ends[name] + size for name, size in sizes.items()}
     for name, end in ends.items():
-        _at_end(axes, end, name, f"{end:.2f}")
+        at_end(axes, end, name, f"{end:.2f}")
     axes.invert_yaxis()
-    axes.margins(x=0.08)
+    axes.set_xlim(0, 1.08 * max(ends.values()))
     label(axes, x="GFLOP per token in training")
     legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
@@ -101,14 +100,10 @@ def draw_mfu(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             value = 100 * statistics.median(step[key] for step in steps)
             at, style = place + 0.25 * (i - 1), {"edgecolor": INK, "linewidth": 0.6}
             axes.barh(at, value, height=0.25, color=colour, label=_MFU[key] if place == 0 else None, **style)
-            _at_end(axes, value, at, f"{value:.1f}")
+            at_end(axes, value, at, f"{value:.1f}")
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.margins(x=0.08)
     label(axes, x="MFU (% of the chip's peak)")
     legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
     return figure
-
-
-def _at_end(axes: Axes, x: float, y: float | str, words: str) -> None:
-    axes.annotate(words, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
