@@ -77,7 +77,7 @@ def test_as_html(file, tmp_path):
     html = preview_html(load_config(str(file)), 1)
     head, boxes = html.split("\n", 1)
     found = re.findall(r'<(b|span) title="(\d+)" style="([^"]*)">(.*?)</(?:b|span)>', boxes, re.DOTALL)
-    assert head.endswith(f"data.train[0] document 0: {len(found)} tokens, 5 of them trained")
+    assert head.endswith(f"data.train[0] document 0: {len(found)} tokens, 3 of them trained")
     read = [text for tag, _, _, text in found if tag == "span"]
     learnt = [text for tag, _, _, text in found if tag == "b"]
     # The text's own tags and line breaks are shown.

@@ -8,29 +8,37 @@ import pytest
 
 from gemma_xla import notebook
 
+SET = ("USE_TORCH_XLA", "LIBTPU_INIT_ARGS", "TF_CPP_MIN_LOG_LEVEL")
+
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.setattr(os, "environ", {})
-
-
-def test_without_a_tpu_runs_are_plain_pytorch(tmp_path, monkeypatch):
+def devices(tmp_path, monkeypatch):
+    """The folder of device files; the environment says nothing, and is put back afterwards."""
+    for name in SET:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setattr(notebook, "_TPU_DEVICES", (f"{tmp_path}/accel[0-9]*",))
-    (tmp_path / "accelerometer").touch()
+    return tmp_path
+
+
+def said() -> dict[str, str]:
+    return {name: os.environ[name] for name in SET if name in os.environ}
+
+
+def test_without_a_tpu_runs_are_plain_pytorch(devices):
+    (devices / "accelerometer").touch()
     notebook.prepare()
-    assert os.environ == {"USE_TORCH_XLA": "0"}
+    assert said() == {"USE_TORCH_XLA": "0"}
 
 
-def test_the_user_may_want_xla_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebook, "_TPU_DEVICES", (f"{tmp_path}/accel[0-9]*",))
-    os.environ["USE_TORCH_XLA"] = "1"
+def test_the_user_may_want_xla_all_the_same(monkeypatch):
+    monkeypatch.setenv("USE_TORCH_XLA", "1")
     notebook.prepare()
-    assert os.environ == {"USE_TORCH_XLA": "1"}
+    assert said() == {"USE_TORCH_XLA": "1"}
 
 
-def test_a_tpu_is_used_with_the_compilers_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebook, "_TPU_DEVICES", (f"{tmp_path}/accel[0-9]*",))
-    (tmp_path / "accel0").touch()
+def test_a_tpu_is_used_with_the_compilers_settings(devices):
+    (devices / "accel0").touch()
     notebook.prepare()
-    assert "USE_TORCH_XLA" not in os.environ
-    assert "--xla_tpu" in os.environ["LIBTPU_INIT_ARGS"]
+    assert "USE_TORCH_XLA" not in said()
+    assert "--xla_tpu" in said()["LIBTPU_INIT_ARGS"]
