@@ -108,7 +108,7 @@ def draw_attention(
             f"tokens and segment_ids_T have {len(tokens)} and {len(segment_ids_T)} entries, but there are {length} "
             "positions; give one for each"
         )
-    figure, (row,) = new_figure(0.6 + 3.4 * num_heads, 4.1, title, columns=num_heads)
+    figure, (row,) = new_figure(0.6 + 4.0 * num_heads, 4.8, title, columns=num_heads)
     names = [token.replace("$", r"\$") for token in tokens]
     borders = [i - 0.5 for i in range(1, length) if segment_ids_T[i] != segment_ids_T[i - 1]]
     for head, axes in enumerate(row):
