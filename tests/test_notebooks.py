@@ -153,8 +153,9 @@ class TestTheseChecks:
             new_output("stream", name="stdout", text=f"{tmp_path}/runs\n"),
             new_output("display_data", data={"text/plain": f"'{tmp_path}/a'", "image/png": "aaaa"}),
         ]
+        info = {"name": "python", "version": "3.11.7"}
         cells = [new_markdown_cell("# a"), new_code_cell("1", outputs=out, metadata={"execution": {"at": "now"}})]
-        cleaned = clean(new_notebook(cells=cells, metadata={"language_info": {"version": "3.11.7"}}), tmp_path)
+        cleaned = clean(new_notebook(cells=cells, metadata={"language_info": info}), tmp_path)
         assert [cell.id for cell in cleaned.cells] == ["cell-0", "cell-1"]
         assert cleaned.cells[1].metadata == {} and "version" not in cleaned.metadata.language_info
         text, picture = cleaned.cells[1].outputs

@@ -13,7 +13,7 @@ def bars(plans):
     rows: dict[int, list[tuple[bool, float]]] = {place: [] for place in range(len(PUBLISHED))}
     for patch in (patch for patch in axes.patches if patch.get_width()):
         place = round(patch.get_y() + patch.get_height() / 2)
-        rows[place].append((bool(patch.get_hatch()), round(patch.get_width(), 6)))
+        rows[place].append((bool(patch.get_hatch()), round(float(patch.get_width()), 6)))
     return rows
 
 
@@ -21,7 +21,7 @@ def test_each_row_has_what_was_published_and_ours_by_its_kind():
     keys = [(row.model, row.slice) for row in PUBLISHED]
     compiled = make_plan()
     found = bars({keys[0]: compiled, keys[1]: UNCOMPILED, keys[2]: TIGHT, keys[3]: None})
-    assert [row[0] for row in found.values()] == [(False, 100 * row.mfu) for row in PUBLISHED]
+    assert [row[0] for row in found.values()] == [(False, round(100 * row.mfu, 6)) for row in PUBLISHED]
     assert found[0][1:] == [(False, round(100 * compiled.figures.mfu_full_square, 6))]
     assert found[1][1:] == [(True, round(100 * UNCOMPILED.figures.mfu_full_square, 6))]
     # What does not fit, or was not planned, has no speed.
