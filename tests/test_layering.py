@@ -15,7 +15,7 @@ PACKAGE = "gemma_xla"
 
 # From top to bottom: a module imports its own group and those below it, never above. The longest name that fits counts.
 ORDER = [
-    {"", "__main__", "cli"},
+    {"", "__main__", "cli", "notebook"},
     {"plan"},
     {"train"},
     {"temporaries"},
@@ -33,11 +33,11 @@ ORDER = [
     {"config"},
     {"config_data"},
     {"config_base"},
-    {"tensor_file", "storage", "interrupts"},
+    {"tensor_file", "storage", "interrupts", "drawing"},
     {"errors", "model.config", "tpu_flags"},
 ]
 # Only these may use the seam.
-SEAM_USERS = {"train", "cli", "plan", "infer"}
+SEAM_USERS = {"train", "cli", "notebook", "plan", "infer"}
 # Heavy or optional packages, and the only places that may import them.
 CONFINED = {"torch_xla": {"xla"}, "jax": {"plan", "xla"}, "jaxlib": {"plan"}, "libtpu": {"plan"}}
 

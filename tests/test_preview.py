@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 
 from gemma_xla.cli import main
 from gemma_xla.config_file import load_config
-from gemma_xla.data.preview import preview
+from gemma_xla.data.preview import preview, preview_html
 
 PAIRS = [{"prompt": "it is ", "completion": f"{i}"} for i in range(4)]
 CHAT = {"messages": [{"role": "user", "content": "he was?"}, {"role": "assistant", "content": "in\nit"}]}
@@ -69,6 +70,21 @@ def test_on_a_terminal(file, tmp_path, monkeypatch):
     assert "\033[5m" not in shown(file, f"data.train={tmp_path}/text.jsonl", out=Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in shown(file, out=Terminal())
+
+
+def test_as_html(file, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "it\n", "completion": "<b>&"}) + "\n")
+    html = preview_html(load_config(str(file)), 1)
+    head, boxes = html.split("\n", 1)
+    found = re.findall(r'<(b|span) title="(\d+)" style="([^"]*)">(.*?)</(?:b|span)>', boxes, re.DOTALL)
+    assert head.endswith(f"data.train[0] document 0: {len(found)} tokens, 3 of them trained")
+    read = [text for tag, _, _, text in found if tag == "span"]
+    learnt = [text for tag, _, _, text in found if tag == "b"]
+    # The text's own tags and line breaks are shown.
+    assert "".join(read) == "&lt;bos&gt;it↵\n" and "".join(learnt) == "&lt;b&gt;&amp;&lt;eos&gt;"
+    assert found[0][1] == "2" and found[-1][1] == "1"
+    styles = {tag: style for tag, _, style, _ in found}
+    assert len(set(styles.values())) == 2 and all("color:black" in style for style in styles.values())
 
 
 def test_too_long(file):

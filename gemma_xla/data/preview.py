@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterator
 from itertools import groupby
@@ -21,6 +22,10 @@ from gemma_xla.storage import fetched, location
 # What begins and ends learnt text, text that is only read, and names.
 _COLOURS = {"trained": ("\033[32m", "\033[0m"), "masked": ("\033[2m", "\033[0m"), "name": ("\033[1m", "\033[0m")}
 _BRACKETS = {"trained": ("【", "】"), "masked": ("", ""), "name": ("", "")}
+# The same for a notebook: black on opaque colours, whatever the theme; bold too, where colours are taken out.
+_SHEET = "background:white;color:black;padding:0.7em;line-height:1.7;white-space:pre-wrap"
+_TOKEN = "background:{};color:black;border:1px solid white;border-radius:3px"
+_LEARNT, _READ = "#8fd9bd", "#e4e4e4"
 
 
 def preview(config: RunConfig, count: int, out: TextIO) -> None:
@@ -33,19 +38,57 @@ def preview(config: RunConfig, count: int, out: TextIO) -> None:
         UserError: the data or the tokenizer cannot be used, or the tokenizer is not there yet.
     """
     marks = _COLOURS if out.isatty() and not os.environ.get("NO_COLOR") else _BRACKETS
-    tokenizer = _tokenizer(config)
-    set_chat_template(tokenizer, config.data)
-    corpus = Corpus(config.data, seed=config.seed)
-    for number, document in zip(range(count), _documents(corpus, tokenizer), strict=False):
-        trained = document.pairs if document.trained is None else int(document.trained[1:].sum())
-        begin, end = marks["name"]
+    begin, end = marks["name"]
+    tokenizer, documents = _open(config)
+    for number, document in zip(range(count), documents, strict=False):
         print(
-            f"{begin}{document.name}: {document.pairs + 1:,} tokens, {trained:,} of them trained{end}",
+            f"{begin}{_heading(document)}{end}",
             _marked(document, tokenizer, marks),
             sep="\n",
             end="\n" if number + 1 == count else "\n\n",
             file=out,
         )
+
+
+def preview_html(config: RunConfig, count: int) -> str:
+    """Return the first ``count`` training examples, or pieces of text, of a run as HTML.
+
+    Each token has a box of its own, which tells its id under the mouse: green and bold is learnt, gray is only read.
+
+    Raises:
+        UserError: the data or the tokenizer cannot be used, or the tokenizer is not there yet.
+    """
+    tokenizer, documents = _open(config)
+    blocks = []
+    for _, document in zip(range(count), documents, strict=False):
+        boxes = [_box(token, learnt, tokenizer) for token, learnt in _tokens(document)]
+        blocks.append(f'<pre style="{_SHEET}">{html.escape(_heading(document))}\n{"".join(boxes)}</pre>')
+    return "\n".join(blocks)
+
+
+def _open(config: RunConfig) -> tuple[PreTrainedTokenizerBase, Iterator[Document]]:
+    """A run's tokenizer, and its examples and pieces of text."""
+    tokenizer = _tokenizer(config)
+    set_chat_template(tokenizer, config.data)
+    return tokenizer, _documents(Corpus(config.data, seed=config.seed), tokenizer)
+
+
+def _heading(document: Document) -> str:
+    trained = document.pairs if document.trained is None else int(document.trained[1:].sum())
+    return f"{document.name}: {document.pairs + 1:,} tokens, {trained:,} of them trained"
+
+
+def _tokens(document: Document) -> list[tuple[int, bool]]:
+    """Each token, and whether it is learnt."""
+    # The first token is never predicted.
+    return list(zip(document.tokens.tolist(), [False, *(label >= 0 for label in document.labels)], strict=True))
+
+
+def _box(token: int, learnt: bool, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token as HTML; a line break is shown, and breaks the line."""
+    text = html.escape(tokenizer.decode([token], skip_special_tokens=False)).replace("\n", "↵\n")
+    tag, colour = ("b", _LEARNT) if learnt else ("span", _READ)
+    return f'<{tag} title="{token}" style="{_TOKEN.format(colour)}">{text}</{tag}>'
 
 
 def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
@@ -59,10 +102,8 @@ def _documents(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Iterator[D
 
 def _marked(document: Document, tokenizer: PreTrainedTokenizerBase, marks: dict[str, tuple[str, str]]) -> str:
     """The text of a document, special tokens included, with marks around what is learnt and what is not."""
-    # The first token is never predicted.
-    learnt = [False, *(label >= 0 for label in document.labels)]
     text = ""
-    for trained, group in groupby(zip(document.tokens.tolist(), learnt, strict=True), key=lambda pair: pair[1]):
+    for trained, group in groupby(_tokens(document), key=lambda pair: pair[1]):
         begin, end = marks["trained" if trained else "masked"]
         # Terminals obey what follows an escape character.
         part = tokenizer.decode([token for token, _ in group], skip_special_tokens=False).replace("\033", "␛")

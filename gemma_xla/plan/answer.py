@@ -44,5 +44,26 @@ class Planner:
 
             plan, programs = work_out(setup, self.progress, self.timeout)
             self.cache.save(setup, plan, programs)
-        seconds = plan.figures and (plan.figures.step_seconds, plan.figures.upper_bound_seconds)
-        return dataclasses.replace(plan, config=name, figures=seconds and figures(setup, *seconds, tokens))
+        return complete(plan, setup, name, tokens)
+
+    def glance(self, setup: Setup, name: str, tokens: float | None = None) -> Plan:
+        """Return what the compiler has been asked before or, at once too, the bounds that arithmetic gives.
+
+        Args:
+            setup: what to plan.
+            name: of the config.
+            tokens: to train on, for days and dollars; None: those of the run.
+        """
+        plan = self.cache.load(setup)
+        if plan is None:
+            # It loads PyTorch, which a plan that is known does without.
+            from gemma_xla.plan.work import by_arithmetic
+
+            plan = by_arithmetic(setup)
+        return complete(plan, setup, name, tokens)
+
+
+def complete(plan: Plan, setup: Setup, name: str, tokens: float | None) -> Plan:
+    """Return a plan with the config's name and what follows from its time, at today's price and for so many tokens."""
+    seconds = plan.figures and (plan.figures.step_seconds, plan.figures.upper_bound_seconds)
+    return dataclasses.replace(plan, config=name, figures=seconds and figures(setup, *seconds, tokens))

@@ -19,8 +19,6 @@ from gemma_xla.plan.setup import Setup, prepare
 from gemma_xla.plan.slices import Hardware, hardware
 from gemma_xla.storage import reason
 
-_ROOT = Path(__file__).parents[2]
-
 
 def add(verbs: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
@@ -96,13 +94,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _published(args: argparse.Namespace, planner: Planner) -> None:
-    from gemma_xla.plan.published import BASELINE_PRICE, QUESTIONS, table
+    from gemma_xla.plan.published import BASELINE_PRICE, ask, table
 
     prices = _prices(args.price)
-    plans = {}
-    for model, slice_, path in QUESTIONS:
-        config = load_config(_ROOT / path, [f"hardware.topology={slice_}", *args.set])
-        plans[model, slice_] = planner.plan(prepare(config, hardware(config)), path, args.tokens)
+    plans = ask(lambda setup, path: planner.plan(setup, path, args.tokens), args.set)
     if args.json:
         print(json.dumps([to_json(plan) for plan in plans.values()], indent=2))
     else:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from gemma_xla.drawing import BLUE, GREEN, INK, ORANGE, PAPER, PURPLE, RED, SKY, YELLOW, label, new_figure
 from gemma_xla.errors import UserError, nearest
 from gemma_xla.plan.report import BOUNDS, answer, memory_parts
 from gemma_xla.plan.units import GIB, gib
@@ -18,25 +18,21 @@ from gemma_xla.storage import reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from gemma_xla.plan.result import Estimate, HbmUse, Plan
 
-# Okabe and Ito's colours, which the colour-blind can tell apart (https://jfly.uni-koeln.de/color/).
-_BLUE, _ORANGE, _GREEN, _YELLOW, _SKY, _PURPLE, _RED = (
-    *("#0072B2", "#E69F00", "#009E73", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00"),
-)
-_INK, _PAPER = "black", "white"
 _MEMORY_COLOURS = {
-    "parameters": _BLUE,
-    "optimizer": _ORANGE,
-    "gradients": _GREEN,
-    "batch": _YELLOW,
-    "temporaries": _SKY,
-    "program": _PURPLE,
-    "other": _RED,
-    "free": _PAPER,
+    "parameters": BLUE,
+    "optimizer": ORANGE,
+    "gradients": GREEN,
+    "batch": YELLOW,
+    "temporaries": SKY,
+    "program": PURPLE,
+    "other": RED,
+    "free": PAPER,
 }
-_TIME_COLOURS = {"matmuls": _BLUE, "attention": _SKY, "other": _ORANGE, "collectives": _PURPLE, "waiting": _RED}
+_TIME_COLOURS = {"matmuls": BLUE, "attention": SKY, "other": ORANGE, "collectives": PURPLE, "waiting": RED}
 # Of the axis: a label needs this much to stand inside its part.
 _ROOM = 0.11
 
@@ -63,7 +59,7 @@ def plot(plan: Plan, path: str | Path) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=path.suffix, delete=False) as file:
             temporary = Path(file.name)
-        figure.savefig(temporary, dpi=150, facecolor=_PAPER)
+        figure.savefig(temporary, dpi=150, facecolor=PAPER)
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
@@ -92,31 +88,27 @@ def check_path(path: Path) -> None:
 def draw(plan: Plan) -> Figure:
     """The picture, on white whatever the viewer's background."""
     bars = [_draw_memory] if plan.estimate is None else [_draw_memory, _draw_time]
-    figure = Figure(figsize=(10, 0.8 + 2.2 * len(bars)), layout="constrained", facecolor=_PAPER)
-    FigureCanvasAgg(figure)
     kind = "ESTIMATE: nothing was measured" if plan.compiled else BOUNDS
     title = f"{plan.config} on {plan.topology} ({plan.num_chips:,} chips)\n{kind}"
-    figure.suptitle(title, color=_INK, parse_math=False)
-    for axes, bar in zip(figure.subplots(len(bars), squeeze=False)[:, 0], bars, strict=True):
-        axes.set(facecolor=_PAPER, ylim=(-0.5, 1.35), yticks=[])
-        axes.spines[["left", "right", "top"]].set_visible(False)
-        axes.tick_params(colors=_INK)
+    figure, grid = new_figure(10, 0.8 + 2.2 * len(bars), title, rows=len(bars))
+    for axes, bar in zip(grid[:, 0], bars, strict=True):
+        axes.set(ylim=(-0.5, 1.35), yticks=[])
+        axes.spines["left"].set_visible(False)
         bar(axes, plan)
     return figure
 
 
 def _draw_memory(axes: Axes, plan: Plan) -> None:
     memory = plan.memory
-    axes.set_title(f"memory of a chip: {answer(plan)}", loc="left", fontsize=10, color=_INK)
+    label(axes, f"memory of a chip: {answer(plan)}", "GiB")
     parts = memory_bar(memory)
     _stack(axes, parts)
     if not memory.fits:
         over = sum(part.size for part in parts) - memory.available / GIB
         hatched = Rectangle((memory.available / GIB, -0.45), over, 0.9)
-        hatched.set(facecolor="none", edgecolor=_INK, hatch="///", linewidth=0.0)
+        hatched.set(facecolor="none", edgecolor=INK, hatch="///", linewidth=0.0)
         axes.add_patch(hatched)
     _line(axes, memory.available / GIB, f"{gib(memory.available)} GiB available")
-    axes.set_xlabel("GiB", color=_INK)
 
 
 def memory_bar(memory: HbmUse) -> list[Part]:
@@ -131,17 +123,16 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
     estimate = plan.estimate
     title = f"step: ESTIMATE {estimate.seconds:.4g} s"
     title += f"; MFU {plan.figures.mfu:.1%} (causal)" if plan.figures else ""
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    label(axes, title, "seconds")
     _stack(axes, time_bar(estimate))
     _line(axes, estimate.upper_bound_seconds, f"upper bound {estimate.upper_bound_seconds:.4g} s")
-    axes.set_xlabel("seconds", color=_INK)
 
 
 def time_bar(estimate: Estimate) -> list[Part]:
     """The bar of time in seconds."""
     shares = {name: seconds / estimate.seconds for name, seconds in estimate.parts.items() if seconds > 0}
     return [
-        Part(name, estimate.parts[name], f"{share:.1%}", _TIME_COLOURS.get(name, _YELLOW))
+        Part(name, estimate.parts[name], f"{share:.1%}", _TIME_COLOURS.get(name, YELLOW))
         for name, share in shares.items()
     ]
 
@@ -152,17 +143,17 @@ def _stack(axes: Axes, parts: Sequence[Part]) -> None:
     axes.set_xlim(0, length)
     start, narrow = 0.0, []
     for part in parts:
-        axes.barh(0, part.size, left=start, height=0.9, color=part.colour, edgecolor=_INK, linewidth=0.6)
+        axes.barh(0, part.size, left=start, height=0.9, color=part.colour, edgecolor=INK, linewidth=0.6)
         middle, words = start + part.size / 2, f"{part.name}\n{part.label}"
         if part.size > _ROOM * length:
-            ink = _PAPER if part.colour == _BLUE else _INK
+            ink = PAPER if part.colour == BLUE else INK
             box = {"facecolor": part.colour, "edgecolor": "none", "pad": 1.0}
             axes.text(middle, 0, words, ha="center", va="center", fontsize=9, color=ink, bbox=box)
         else:
             narrow.append((middle, words))
         start += part.size
-    arrow = {"arrowstyle": "-", "color": _INK, "linewidth": 0.6, "relpos": (0.5, 0.0), "shrinkA": 1.0}
-    style = {"ha": "center", "va": "bottom", "fontsize": 9, "color": _INK, "arrowprops": arrow}
+    arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "relpos": (0.5, 0.0), "shrinkA": 1.0}
+    style = {"ha": "center", "va": "bottom", "fontsize": 9, "color": INK, "arrowprops": arrow}
     places = _spread([middle for middle, _ in narrow], _ROOM * length, length)
     for (middle, words), place in zip(narrow, places, strict=True):
         axes.annotate(words, (middle, 0.45), (place, 0.85), **style)
@@ -183,6 +174,6 @@ def _spread(middles: Sequence[float], room: float, length: float) -> list[float]
 def _line(axes: Axes, at: float, label: str) -> None:
     """Mark a place on the axis."""
     axes.set_xlim(0, max(axes.get_xlim()[1], 1.18 * at))
-    axes.axvline(at, ymax=0.52, color=_INK, linestyle="--", linewidth=1.2)
-    box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 1.0}
-    axes.annotate(label, (at, -0.42), (4, 0), textcoords="offset points", fontsize=9, color=_INK, va="bottom", bbox=box)
+    axes.axvline(at, ymax=0.52, color=INK, linestyle="--", linewidth=1.2)
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}
+    axes.annotate(label, (at, -0.42), (4, 0), textcoords="offset points", fontsize=9, color=INK, va="bottom", bbox=box)

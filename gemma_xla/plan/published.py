@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gemma_xla.chips import CHIPS, Chip, performance_per_dollar, topology
+from gemma_xla.config_file import load_config
 from gemma_xla.flops import FlopCounter
 from gemma_xla.model.config import preset
 from gemma_xla.plan.report import aligned
 from gemma_xla.plan.result import Plan
+from gemma_xla.plan.setup import Setup, prepare
+from gemma_xla.plan.slices import hardware
 from gemma_xla.plan.units import gib
 
 SOURCE = (
@@ -47,6 +51,8 @@ PUBLISHED = (
 # What to plan for each row: (model, slice, config); the slice is the name of the topology.
 QUESTIONS = tuple((row.model, row.slice, f"recipes/configs/{row.model}-pretrain-{row.slice}.yaml") for row in PUBLISHED)
 
+_ROOT = Path(__file__).parents[2]
+
 # Llama 2 7B: Touvron et al. 2023, arXiv:2307.09288, tables 1 and 2.
 BASELINE_SOURCE = "Llama-2-7B, 2.0T tokens in 184,320 A100-80GB hours (arXiv:2307.09288)"
 BASELINE_TOKENS = 2.0e12
@@ -60,6 +66,23 @@ BIAS = (
     "on v5e-256 where 0.58 and 0.58 were measured, 6 to 7% high, and on v5p-128 it is 18 to 32% high. So compare "
     "ratios under one estimator, not ours with the published column; nothing here is corrected for it."
 )
+
+
+def ask(answer: Callable[[Setup, str], Plan], overrides: Sequence[str] = ()) -> dict[tuple[str, str], Plan]:
+    """Have each row's config planned; return the plans by model and slice.
+
+    Args:
+        answer: plans a config, given its path too, such as `Planner.plan`.
+        overrides: to all of them, such as ``train.precision=int8``.
+
+    Raises:
+        UserError: an override is impossible, or whatever ``answer`` raises.
+    """
+    plans = {}
+    for model, slice_, path in QUESTIONS:
+        config = load_config(_ROOT / path, [f"hardware.topology={slice_}", *overrides])
+        plans[model, slice_] = answer(prepare(config, hardware(config)), path)
+    return plans
 
 
 def baseline_emfu() -> float:

@@ -43,7 +43,8 @@ def work_out(setup: Setup, progress: Progress, timeout: float) -> tuple[Plan, li
     setup = setup.resolved()
     if not all(find_spec(name) for name in ("jax", "jaxlib", "libtpu", "torch_xla")):
         check(setup)
-        return _by_arithmetic(setup), []
+        note = f"the TPU compiler is not installed; for an estimate: {_install_line()}"
+        return by_arithmetic(setup, note), []
 
     def run(module: str, arguments: Sequence[Path | str], stage: str) -> None:
         # The checks load PyTorch, as the first child does: seconds, of either.
@@ -72,9 +73,13 @@ def _by_compiler(setup: Setup, graphs: list[tuple[dict, dict, str | None]]) -> t
     return _plan(setup, memory, (whole.seconds, whole.upper_bound_seconds), estimate=whole), programs
 
 
-def _by_arithmetic(setup: Setup) -> Plan:
+def by_arithmetic(setup: Setup, note: str = "the TPU compiler was not asked") -> Plan:
+    """Return a plan of bounds: what a step takes at least, in memory and in time.
+
+    Args:
+        note: why nothing was compiled.
+    """
     memory, seconds = bounds(setup)
-    note = f"the TPU compiler is not installed; for an estimate: {_install_line()}"
     return _plan(setup, memory, (seconds, seconds), compiled=False, notes=[note])
 
 

@@ -6,13 +6,16 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from gemma_xla.chips import Chip, cost
 from gemma_xla.flops import FlopCounter
 from gemma_xla.storage import is_local, reason, replace_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Meter:
@@ -170,24 +173,26 @@ def summary(records: list[dict[str, float]]) -> dict[str, float]:
     return {**result, "dollars": last["dollars"], "compilations": last["compilations"]}
 
 
-def plot(records: list[dict[str, float]], path: Path, title: str) -> None:
-    """Draw loss and MFU over steps as a PNG."""
-    import matplotlib  # slow to import, and only needed at the end of a run
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(records: list[dict[str, float]], title: str = "") -> Figure:
+    """Loss and MFU over steps."""
+    from gemma_xla.drawing import BLUE, ORANGE, label, legend, new_figure  # only needed at the end of a run
 
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "eval_loss" in r]
-    figure, (loss, mfu) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    figure.suptitle(title)
-    loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
-    loss.plot([r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations], "o-", label="held out")
-    loss.set(xlabel="step", ylabel="loss (nats per token)")
-    loss.legend()
-    mfu.plot([r["step"] for r in steps], [100 * r["mfu"] for r in steps])
-    mfu.set(xlabel="step", ylabel="MFU (%, causal)", ylim=(0, None))
+    figure, ((loss, mfu),) = new_figure(11, 4, title, columns=2)
+    loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=BLUE, label="training")
+    held_out = [r["eval_loss"] for r in evaluations]
+    loss.plot([r["step"] for r in evaluations], held_out, "o-", color=ORANGE, label="held out")
+    legend(loss)
+    label(loss, x="step", y="loss (nats per token)")
+    mfu.plot([r["step"] for r in steps], [100 * r["mfu"] for r in steps], color=BLUE)
+    mfu.set_ylim(0, None)
+    label(mfu, x="step", y="MFU (%, causal)")
     for axes in (loss, mfu):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
+
+
+def plot(records: list[dict[str, float]], path: Path, title: str) -> None:
+    """Draw loss and MFU over steps as a PNG."""
+    draw(records, title).savefig(path, dpi=120)

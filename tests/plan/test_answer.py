@@ -151,3 +151,15 @@ def test_a_known_plan_needs_no_pytorch(asked, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["topology"] == make_plan().topology
+
+
+def test_a_glance_asks_the_compiler_nothing(asked, tmp_path):
+    planner = Planner(Cache(tmp_path))
+    bound = planner.glance(setup(), "a.yaml", 1e12)
+    assert asked == []
+    assert not bound.compiled and bound.estimate is None
+    assert (bound.config, bound.figures.tokens) == ("a.yaml", 1e12)
+    # A bound is no answer to keep.
+    assert planner.cache.load(setup()) is None
+    known = planner.plan(setup(), "a.yaml", 1e12)
+    assert planner.glance(setup(), "a.yaml", 1e12) == known

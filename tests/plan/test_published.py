@@ -11,6 +11,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.plan.published import (
     PUBLISHED,
     QUESTIONS,
+    ask,
     baseline_emfu,
     relative_performance_per_dollar,
     table,
@@ -56,6 +57,14 @@ def test_questions_name_files_and_slices_that_exist():
     for model, name, config in QUESTIONS:
         assert topology(name).num_chips in (64, 256)
         assert f"preset: {model}" in (ROOT / config).read_text(encoding="utf-8")
+
+
+def test_each_question_is_asked_of_its_own_slice():
+    asked = []
+    plans = ask(lambda setup, path: asked.append((setup, path)) or make_plan(), ["train.precision=int8"])
+    assert list(plans) == [(model, slice_) for model, slice_, _ in QUESTIONS]
+    assert [(setup.hardware.name, path) for setup, path in asked] == [(slice_, path) for _, slice_, path in QUESTIONS]
+    assert all(setup.config.train.precision == "int8" for setup, _ in asked)
 
 
 def cells(text: str) -> list[list[str]]:
