@@ -251,3 +251,22 @@ def test_a_run_whose_data_and_folder_are_in_a_bucket_resumes(tiny_config, corpus
     assert (ours / "tensors-00000.safetensors").read_bytes() == (theirs / "tensors-00000.safetensors").read_bytes()
     assert (halves / "tokenizer" / "tokenizer.json").exists()
     assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_tensorboard_reads_a_run_in_a_bucket_while_it_goes_on(tiny_config, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from gemma_xla.train import Trainer
+
+    read = {}
+    step = Trainer._between_steps
+
+    def look(trainer):
+        step(trainer)
+        if (url := location("gs://bucket/run/tensorboard")).exists():
+            read[trainer.step] = EventAccumulator(str(url)).Reload().Tags()["scalars"]
+
+    monkeypatch.setattr(Trainer, "_between_steps", look)
+    settings = ["train.steps=3", "checkpoint.every=2", "export.at_end=false", "log.trackers=[tensorboard]"]
+    fit(tiny_config(tmp_path / "run", *settings, "output_dir=gs://bucket/run"))
+    assert 1 not in read and "loss" in read[2] and "loss" in read[3]
