@@ -20,7 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gemma_xla.chips import _SHAPES, CHIPS, topology
+from gemma_xla.chips import _SHAPES, CHIPS, cost, topology
 from gemma_xla.config_file import load_config
 from gemma_xla.interrupts import PREEMPTED
 from gemma_xla.plan.slices import hardware
@@ -686,6 +686,34 @@ def test_as_it_comes_the_settings_ask_for_what_is_missing():
     """Fresh from the repository, the first thing said is what to fill in."""
     done = subprocess.run(["bash", TPU / "tpu.sh", "create"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: OUTPUT_DIR is empty in {TPU}/settings.env; set it")
+
+
+# What the page says.
+
+
+def test_the_page_names_what_there_is():
+    page = (TPU / "README.md").read_text()
+    used = re.findall(r"^recipes/tpu/(\w+\.sh) (\w+)", page, re.MULTILINE)
+    for script in ("tpu.sh", "gke.sh"):
+        verbs = set(re.findall(r"^do_(\w+)\(\)", (TPU / script).read_text(), re.MULTILINE))
+        assert {verb for name, verb in used if name == script} | {"state"} == verbs
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert target.startswith("https://") or (TPU / target).exists(), target
+    settings = (TPU / "settings.env").read_text()
+    for name in re.findall(r"`([A-Z]+_?[A-Z_]*)=?[^`]*`", page):
+        assert re.search(rf"^{name}=", settings, re.MULTILINE) or name in {"MASTER_ADDR", "TPU_WORKER_ID"} | {
+            "TPU_WORKER_HOSTNAMES",
+            "MEGASCALE_",
+        }, name
+
+
+def test_costs_are_those_of_the_catalogue():
+    rows = re.findall(r"^\| (two )?(v\w+-\d+) \| (\d+) \| ([\d.]+) \|$", (TPU / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for two, name, chips, dollars in rows:
+        slice_ = topology(name)
+        assert int(chips) == slice_.num_chips * (2 if two else 1)
+        assert float(dollars) == pytest.approx(cost(slice_.chip, int(chips), 1))
 
 
 # Beside the catalogue.
