@@ -176,9 +176,27 @@ def test_the_dockerfile_is_sound():
     # All that is copied is in the context, and nothing else is.
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line[1:] for line in ignored if line.startswith("!")}
+    assert lines[-2:] == ['ENTRYPOINT ["entrypoint.sh"]', 'CMD ["recipes/pretrain.py", "--help"]']
     copied = {name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]}
     assert copied == allowed and all((ROOT / name).exists() for name in allowed)
     assert "*" in ignored and "recipes/tpu" in ignored
+
+
+def test_the_container_is_the_recipe(tools):
+    """Signals and exit codes are those of the recipe: it has the first process's number."""
+    (tools.bin / "python").write_text('#!/bin/bash\necho "$PARENT $$ $*"\nexit 75\n')
+    (tools.bin / "python").chmod(0o755)
+    command = f'PARENT=$$ exec bash {TPU}/entrypoint.sh recipes/pretrain.py --config "a b"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=tools.environment)
+    parent, process, *arguments = done.stdout.split(maxsplit=2)
+    assert parent == process and arguments == ["recipes/pretrain.py --config a b\n"]
+    assert (done.returncode, done.stderr) == (75, "")
+    # Where not enough memory may be locked, it says so, and tries.
+    allowed = subprocess.run(["bash", "-c", "ulimit -l 68719476736"], capture_output=True).returncode == 0
+    on_tpu = tools.environment | {"PJRT_DEVICE": "TPU"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=on_tpu)
+    assert done.returncode == 75
+    assert ("kB of memory can be locked" in done.stderr) != allowed
 
 
 # TPU VMs.
@@ -382,7 +400,8 @@ def test_a_run_is_a_service(tools):
     launched = tools.calls[-1]
     assert launched[:3] == ["sudo", "systemd-run", "--unit=gemma-xla"]
     assert f"--uid={os.getuid()}" in launched and f"--working-directory={host.root}" in launched
-    assert {"--setenv=PJRT_DEVICE=TPU", "--property=TimeoutStopSec=300"} <= set(launched)
+    limits = {"--property=TimeoutStopSec=300", "--property=LimitMEMLOCK=infinity"}
+    assert {"--setenv=PJRT_DEVICE=TPU", *limits} <= set(launched)
     start = launched.index("--")
     assert launched[start:] == ["--", f"{host.root}/.venv/bin/accelerate", "launch", *ONE_SLICE]
 
@@ -499,7 +518,7 @@ def check(jobset: dict) -> dict:
     return job["spec"]
 
 
-@pytest.mark.parametrize("values", [{}, {"SLICES": "4", "SPOT": "yes"}, {"TOPOLOGY": "v5p-128", "RUN_AS_USER": "0"}])
+@pytest.mark.parametrize("values", [{}, {"SLICES": "4", "SPOT": "yes"}, {"TOPOLOGY": "v5p-128", "RUN_AS_USER": "1000"}])
 def test_the_manifest_is_one_that_kubernetes_takes(tools, values):
     job = check(manifest(tools, **values, NAME="a" * 39))
     pod = job["template"]["spec"]
@@ -513,7 +532,9 @@ def test_the_manifest_is_one_that_kubernetes_takes(tools, values):
     assert math.prod(map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))) == slice_.num_chips
     assert ("cloud.google.com/gke-spot" in selector) == (values.get("SPOT") == "yes")
     assert pod["terminationGracePeriodSeconds"] >= 120
-    assert "privileged" not in json.dumps(pod)
+    assert pod["securityContext"]["runAsUser"] == int(values.get("RUN_AS_USER", "0"))
+    rights = {"allowPrivilegeEscalation": False, "capabilities": {"add": ["SYS_RESOURCE"]}}
+    assert train["securityContext"] == rights
 
 
 def test_the_schemas_refuse_what_is_wrong(tools):
@@ -699,12 +720,9 @@ def test_the_page_names_what_there_is():
         assert {verb for name, verb in used if name == script} | {"state"} == verbs
     for target in re.findall(r"\]\(([^)#]+)\)", page):
         assert target.startswith("https://") or (TPU / target).exists(), target
-    settings = (TPU / "settings.env").read_text()
-    for name in re.findall(r"`([A-Z]+_?[A-Z_]*)=?[^`]*`", page):
-        assert re.search(rf"^{name}=", settings, re.MULTILINE) or name in {"MASTER_ADDR", "TPU_WORKER_ID"} | {
-            "TPU_WORKER_HOSTNAMES",
-            "MEGASCALE_",
-        }, name
+    settings = set(re.findall(r"^([A-Z_]+)=", (TPU / "settings.env").read_text(), re.MULTILINE))
+    others = {"MASTER_ADDR", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_", "SYS_RESOURCE", "SIGTERM"}
+    assert set(re.findall(r"`([A-Z_]{3,})[=*`]", page)) <= settings | others
 
 
 def test_costs_are_those_of_the_catalogue():

@@ -40,9 +40,11 @@ do_start() {
   [[ $(do_state) != running ]] || die "a run is under way; tpu.sh stop ends it"
   sudo systemctl stop "$service" 2>/dev/null || true
   sudo systemctl reset-failed "$service" 2>/dev/null || true
-  # It stays, ended or not, until the next start: so `state` can tell what became of it.
+  # It stays, ended or not, until the next start: so `state` can tell what became of it. A TPU's driver locks memory, of
+  # which services may lock little unless told otherwise.
   sudo systemd-run "--unit=$service" "--uid=$(id -u)" "--gid=$(id -g)" "--working-directory=$PWD" \
     --property=RemainAfterExit=yes "--property=TimeoutStopSec=$patience" \
+    --property=LimitMEMLOCK=infinity --property=LimitNOFILE=1048576 \
     "--setenv=HOME=$HOME" --setenv=PJRT_DEVICE=TPU -- "$PWD/.venv/bin/accelerate" launch "$@"
 }
 
