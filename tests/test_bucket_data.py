@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 from itertools import islice
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.registry import _registry
 
 from gemma_xla.checkpoint import complete
 from gemma_xla.config_data import DataSection, SourceSection
@@ -212,16 +214,11 @@ class TestFailures:
             opened("gs://bucket/a")
 
     def test_the_package_is_missing(self, monkeypatch):
-        import sys
-
-        from fsspec.registry import _registry
-
-        monkeypatch.delitem(_registry, "gs")
-        monkeypatch.setitem(sys.modules, "gcsfs", None)
-        with pytest.raises(
-            UserError, match=r"^data.train\[0\].path: gs://bucket/a: such URLs cannot be opened: .*gcsfs"
-        ):
-            opened("gs://bucket/a")
+        with monkeypatch.context() as patch:
+            patch.delitem(_registry, "gs")
+            patch.setitem(sys.modules, "gcsfs", None)
+            with pytest.raises(UserError, match=r"^data.train\[0\].path: gs://bucket/a: such URLs cannot .*gcsfs"):
+                opened("gs://bucket/a")
 
 
 def test_a_run_whose_data_and_folder_are_in_a_bucket_resumes(tiny_config, corpus, tmp_path):

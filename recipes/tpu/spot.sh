@@ -43,7 +43,7 @@ main() {
         printf 'Finished: %s\n' "$OUTPUT_DIR" >&2
         return
         ;;
-      failed) die "the run failed; its hosts' logs are in $root/runs/tpu-logs/$NAME" ;;
+      failed) die "the run failed; its hosts' logs are in runs/tpu-logs/$NAME" ;;
     esac
   done
   die "the slice was taken away $lives times; run spot.sh again to continue"

@@ -103,7 +103,7 @@ do_state() {
 
 do_logs() {
   if [[ ${1:-0} == all ]]; then
-    local logs=$root/runs/tpu-logs/$NAME
+    local logs=runs/tpu-logs/$NAME
     run mkdir -p "$logs"
     on_hosts all all "$(on_host logs)" "--output-directory=$logs"
   else
