@@ -113,6 +113,7 @@ class Trainer:
         self.saver.save(self.step, self._tensors(), state, self._kept())
         if self.run.is_main:
             self.log.flush()
+            self.log.attempt("TensorBoard's files", self.run.folder.publish_tensorboard)
 
     def _build(self) -> None:
         run, section = self.run, self.config.train
