@@ -100,6 +100,10 @@ class Backend:
         """Return ``tensor``; a compiler may not join what makes its gradient with what uses that."""
         return tensor
 
+    def in_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor`` and have its last dimension, and that of its gradient, lie side by side in memory."""
+        return tensor
+
     def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return ``gelu(gate) * up``, with gelu in its tanh form."""
         return F.gelu(gate, approximate="tanh") * up
