@@ -100,12 +100,8 @@ class Backend:
         """Return ``tensor``; a compiler may not join what makes its gradient with what uses that."""
         return tensor
 
-    def in_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor`` and have its last dimension, and that of its gradient, lie side by side in memory."""
-        return tensor
-
-    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return ``gelu(gate) * up``, with gelu in its tanh form."""
+    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor, outputs: int) -> torch.Tensor:
+        """Return ``gelu(gate) * up``, with gelu in its tanh form, for a product that makes so many outputs of it."""
         return F.gelu(gate, approximate="tanh") * up
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:

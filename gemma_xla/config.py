@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from gemma_xla.config_base import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, Text
 from gemma_xla.config_data import DataSection
 from gemma_xla.errors import UserError, nearest
-from gemma_xla.model.config import ACTIVATIONS, ALL_NEEDED, INT8_PRODUCTS, LORA_TARGETS
+from gemma_xla.model.config import ACTIVATIONS, INT8_PRODUCTS, LORA_TARGETS
 
 
 class ModelSection(Section):
@@ -107,8 +107,7 @@ class TrainSection(Section):
     # config.yaml). `gemma-xla plan` asks the compiler.
     remat: Literal["auto", "none", "full"] = "auto"
     # With "full" and layers "scan": what is kept too, and in how many of the first layers (or "all"): q_proj, k_proj,
-    # v_proj, attention, o_proj, gate_proj, up_proj (what these return), gated (what gate and up come to, with the
-    # factors of its gradient: three times as large). Where layers are not scanned, nothing more is.
+    # v_proj, attention, o_proj, gate_proj, up_proj (what these return). Where layers are not scanned, nothing more is.
     keep: dict[Literal[ACTIVATIONS], int | Literal["all"]] = {}
     # "scan" compiles one layer and loops over it (XLA only): compile time no longer grows with depth.
     layers: Literal["loop", "scan"] = "loop"
@@ -169,7 +168,7 @@ class TrainSection(Section):
     def kept(self, num_layers: int) -> dict[str, int]:
         """In how many layers each named activation is kept for the backward pass; the rest is computed again."""
         if self.remat != "full":
-            return dict.fromkeys(ALL_NEEDED, num_layers)
+            return dict.fromkeys(ACTIVATIONS, num_layers)
         return {name: num_layers if count == "all" else min(count, num_layers) for name, count in self.keep.items()}
 
     def micro_batch_rows(self, batch_shards: int) -> int:

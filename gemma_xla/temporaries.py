@@ -129,18 +129,7 @@ def activation_widths(step: Step) -> dict[str, int]:
         "o_proj": config.hidden_size,
         "gate_proj": config.intermediate_size // tensor,
         "up_proj": config.intermediate_size // tensor,
-        "gated": 3 * config.intermediate_size // tensor,
     }
-
-
-def not_again(step: Step) -> dict[str, int]:
-    """In how many layers of a compiled loop each matrix product, or attention, is not computed again."""
-    kept = dict(step.kept)
-    gated = kept.pop("gated", 0)
-    for name in ("gate_proj", "up_proj"):
-        kept[name] = max(gated, kept.get(name, 0))
-    # The backward pass does not need what it returns.
-    return kept | {"down_proj": step.model.num_hidden_layers}
 
 
 def _kept_values(step: Step, keeps: bool) -> int:
@@ -156,8 +145,6 @@ def _kept_values(step: Step, keeps: bool) -> int:
         return layers * step.model.hidden_size + sum(widths[name] * count for name, count in step.kept.items())
     heads = step.model.num_attention_heads // step.mesh.tensor
     scores = 0 if step.uses_splash else heads * step.seq_len
-    # In its place PyTorch keeps gate and up, or as much.
-    del widths["gated"]
     if step.lora and "o_proj" not in step.lora.target_modules and not step.uses_splash:
         del widths["attention"]
     return layers * (step.model.hidden_size + sum(widths.values()) + scores)
@@ -190,7 +177,7 @@ def _mlp(step: Step, keeps: bool) -> int:
     width = config.intermediate_size // mesh.tensor
     gathered = config.hidden_size if mesh.fsdp > 1 else 0
     # Those of the last layer, which is first to run backwards, are not kept where only some layers' are.
-    kept = 2 * keeps or sum(not_again(step).get(name) == config.num_hidden_layers for name in ("gate_proj", "up_proj"))
+    kept = 2 * keeps or sum(step.kept.get(name) == config.num_hidden_layers for name in ("gate_proj", "up_proj"))
     return width * (gathered + step.positions * (3 - kept)) * step.itemsize
 
 

@@ -174,7 +174,7 @@ WRONG_VALUES = {
     "train.remat=some": "train.remat is 'some'; must be 'auto', 'none' or 'full'",
     "train.keep={atention: all}": (
         "train.keep: no activation is called 'atention' (did you mean 'attention'?); there are q_proj, k_proj, v_proj, "
-        "attention, o_proj, gate_proj, up_proj, gated"
+        "attention, o_proj, gate_proj, up_proj"
     ),
     "train.keep={k_proj: x}": "train.keep: k_proj is 'x'; it must be 'all', or the number of layers, at least 1",
     "train.keep={o_proj: 0}": "train.keep: o_proj is 0; it must be 'all', or the number of layers, at least 1",

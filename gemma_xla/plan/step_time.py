@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gemma_xla.flops import projections
 from gemma_xla.plan.dcn import dcn_collective, gradient_bytes
 from gemma_xla.plan.setup import Setup
-from gemma_xla.temporaries import layer_parameters, not_again, outer_parameters
+from gemma_xla.temporaries import layer_parameters, outer_parameters
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def executed_flops(setup: Setup) -> float:
     if setup.config.lora:
         total -= sum(term.training - term.forward for term in layers) / num_layers
     if computes_twice(setup):
-        kept = not_again(setup.step)
+        kept = setup.step.kept | {"down_proj": num_layers}
         if not setup.uses_splash:
             kept.pop("attention", None)
         total += sum(term.forward * (1 - kept.get(term.name, 0) / num_layers) for term in layers)
@@ -85,7 +85,7 @@ def int8_flops(setup: Setup) -> float:
     if train.precision != "int8":
         return 0.0
     terms = [term for term in setup.flops.terms() if term.name in projections(setup.model)]
-    kept = not_again(setup.step)
+    kept = setup.step.kept | {"down_proj": num_layers}
     total = 0.0
     for term in terms:
         again = 1 - kept.get(term.name, 0) / num_layers if computes_twice(setup) else 0

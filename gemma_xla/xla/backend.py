@@ -25,12 +25,14 @@ from gemma_xla.model.config import splash_takes
 from gemma_xla.model.int8 import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, check_slices, resolve_mesh
 from gemma_xla.xla.attention import use_splash
-from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, InRows, MeshLayout, by_positions, scan_layers
+from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, scan_layers
 from gemma_xla.xla.int8 import int8_dot
 from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
 WIDE = 2**27
+# As many of a product's outputs does a TPU compute at a time; what the product takes is found again for each so many.
+_TILE = 2048
 
 
 class XlaBackend(Backend):
@@ -135,11 +137,8 @@ class XlaBackend(Backend):
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         return Fence.apply(tensor)
 
-    def in_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        return InRows.apply(tensor, self.mesh) if is_for_tpu() and self.mesh.tensor == 1 else tensor
-
-    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return GatedGelu.apply(gate, up)
+    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor, outputs: int) -> torch.Tensor:
+        return GatedGelu.apply(gate, up, outputs > _TILE)
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
         return int8_dot(left, right, dims, self.mesh)

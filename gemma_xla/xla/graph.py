@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import torch_xla
 import torch_xla.debug.profiler as xp
 import torch_xla.distributed.spmd as xs
@@ -14,7 +15,7 @@ from torch import nn
 from torch_xla.experimental.scan import _scan_impl_flat
 
 from gemma_xla.model.attention import Mask
-from gemma_xla.model.kept import Kept, Noting, Replaying, kept, using
+from gemma_xla.model.kept import Kept, Noting, Replaying, using
 from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import BATCH, MeshShape, Spec
 from gemma_xla.xla.tpu import in_rows
@@ -83,44 +84,28 @@ class Fence(torch.autograd.Function):
 
 
 class GatedGelu(torch.autograd.Function):
-    """``gelu(gate) * up``, and where that is found the factors of its gradient too, in float32.
+    """``gelu(gate) * up``, whose gradient's factors are found where ``up`` is.
 
-    There the product that gives ``up`` hides them. Left to itself, the compiler finds both where they are used: the
-    result once for each tile of the next product, the factors in passes of their own.
+    There a matrix product hides them. Left to itself, the compiler finds them where the gradient arrives, in a pass of
+    its own where ``gate`` is kept, and again in each product that takes the gradient where it is not.
     """
 
     @staticmethod
-    def forward(ctx, gate, up):
-        out, *factors = kept().compute("gated", lambda: _gated(gate, up))
-        ctx.save_for_backward(*factors)
-        return out
+    def forward(ctx, gate, up, fenced: bool):
+        ctx.save_for_backward(gate, up)
+        out = F.gelu(gate, approximate="tanh") * up
+        return _fenced(out) if fenced else out
 
     @staticmethod
     def backward(ctx, grad):
-        by_gate, by_up = ctx.saved_tensors
-        return grad * by_gate, grad * by_up
-
-
-def _gated(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, up_f32 = gate.float(), up.float()
-    tanh = torch.tanh(_TANH_SCALE * (x + _CUBIC * x * x * x))
-    slope = _TANH_SCALE * (1 + 3 * _CUBIC * x * x)
-    gelu = 0.5 * x * (1 + tanh)
-    gelu_grad = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope
-    return _fenced((gelu * up_f32).to(up.dtype)), _fenced((gelu_grad * up_f32).to(up.dtype)), gelu.to(up.dtype)
-
-
-class InRows(torch.autograd.Function):
-    """A tensor and its gradient with the last dimension side by side in memory (`gemma_xla.xla.tpu.in_rows`)."""
-
-    @staticmethod
-    def forward(ctx, x, mesh):
-        ctx.mesh = mesh
-        return in_rows(x, mesh)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return in_rows(grad, ctx.mesh), None
+        gate, up = ctx.saved_tensors
+        x = gate.float()
+        tanh = torch.tanh(_TANH_SCALE * (x + _CUBIC * x * x * x))
+        inner = _TANH_SCALE * (1 + 3 * _CUBIC * x * x)
+        slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner
+        by_gate = _fenced((slope * up.float()).to(gate.dtype))
+        by_up = (0.5 * x * (1 + tanh)).to(gate.dtype)
+        return grad * by_gate, grad * by_up, None
 
 
 # Of gelu's tanh form (arXiv:1606.08415).

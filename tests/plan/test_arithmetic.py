@@ -74,8 +74,7 @@ def test_without_rematerialisation_a_loop_keeps_what_matmuls_need():
     loss = 512 * V * 2 + V * D * 6
     # Beside the loop's gradients in float32: one layer's probabilities and their gradient.
     backward = L * LAYER // 256 * 4 + 2 * N * T * T * 2
-    # The compiled loop keeps what gate and up come to, with two factors, instead of these.
-    assert plain == L * T * (width + F) * 2 + L * LAYER // 256 * 2 + max(loss, backward)
+    assert plain == L * T * width * 2 + L * LAYER // 256 * 2 + max(loss, backward)
     # Unrolled, probabilities too are kept, the compiler may compute it again; expected is that it does not.
     unrolled = a_setup("train.remat=none", "train.layers=loop")
     assert temporaries(unrolled.step) == L * T * D * 2 + loss
