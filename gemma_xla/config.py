@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from gemma_xla.config_base import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, Text
 from gemma_xla.config_data import DataSection
 from gemma_xla.errors import UserError, nearest
-from gemma_xla.model.config import ACTIVATIONS, INT8_PRODUCTS, LORA_TARGETS
+from gemma_xla.model.config import ACTIVATIONS, ALL_NEEDED, INT8_PRODUCTS, LORA_TARGETS
 
 
 class ModelSection(Section):
@@ -102,10 +102,13 @@ class TrainSection(Section):
     # With int8: which of a layer's three products; and how its gradients are rounded.
     int8_products: Annotated[list[Literal[INT8_PRODUCTS]], Field(min_length=1)] = list(INT8_PRODUCTS)
     int8_rounding: Literal["nearest", "stochastic"] = "nearest"
-    # "full" keeps only each layer's input for the backward pass and computes the rest again.
-    remat: Literal["none", "full"] = "none"
+    # "full" keeps only each layer's input for the backward pass and computes the rest again; "none" computes nothing
+    # twice; "auto" keeps as much as the devices' memory has room for, by arithmetic (what it came to is in the run's
+    # config.yaml). `gemma-xla plan` asks the compiler.
+    remat: Literal["auto", "none", "full"] = "auto"
     # With "full" and layers "scan": what is kept too, and in how many of the first layers (or "all"): q_proj, k_proj,
-    # v_proj, attention, o_proj, gate_proj, up_proj (what these return). Where layers are not scanned, nothing more is.
+    # v_proj, attention, o_proj, gate_proj, up_proj (what these return), gated (what gate and up come to, with the
+    # factors of its gradient: three times as large). Where layers are not scanned, nothing more is.
     keep: dict[Literal[ACTIVATIONS], int | Literal["all"]] = {}
     # "scan" compiles one layer and loops over it (XLA only): compile time no longer grows with depth.
     layers: Literal["loop", "scan"] = "loop"
@@ -124,6 +127,15 @@ class TrainSection(Section):
             if layers != "all" and (type(layers) is not int or layers < 1):
                 raise ValueError(f"{name} is {layers!r}; it must be 'all', or the number of layers, at least 1")
         return keep
+
+    @model_validator(mode="after")
+    def _keep_or_auto(self) -> TrainSection:
+        if self.keep and self.remat == "auto":
+            raise ValueError(
+                f"keep is {self.keep} and remat is 'auto', which chooses what to keep by itself; set remat=full, or "
+                "leave keep out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_schedule_fits(self) -> TrainSection:
@@ -156,8 +168,8 @@ class TrainSection(Section):
 
     def kept(self, num_layers: int) -> dict[str, int]:
         """In how many layers each named activation is kept for the backward pass; the rest is computed again."""
-        if self.remat == "none":
-            return dict.fromkeys(ACTIVATIONS, num_layers)
+        if self.remat != "full":
+            return dict.fromkeys(ALL_NEEDED, num_layers)
         return {name: num_layers if count == "all" else min(count, num_layers) for name, count in self.keep.items()}
 
     def micro_batch_rows(self, batch_shards: int) -> int:

@@ -12,8 +12,9 @@ from gemma_xla.config_base import Positive, PositiveFloat, Section, Text
 class SourceSection(Section):
     """Where text, or examples to fine-tune on, come from."""
 
-    # A data set name on the Hugging Face hub, or a local file, folder or glob. "{stdlib}" stands for the folder of
-    # Python's standard library, "~" for the home folder.
+    # A data set name on the Hugging Face hub, or a file, folder or glob, local or a URL that fsspec knows, such as
+    # gs://bucket/folder/*.jsonl. "{stdlib}" stands for the folder of Python's standard library, "~" for the home
+    # folder.
     path: Text
     weight: PositiveFloat = 1.0
     # What a record of a .jsonl or .parquet file or of a hub data set is: plain text, a prompt and its completion, or a

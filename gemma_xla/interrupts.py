@@ -38,9 +38,9 @@ def handled() -> Iterator[None]:
     global _received
     _received = None
     # `accelerate launch` does not pass signals on; when it is ended, its child must not be left behind.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if launched := "ACCELERATE_MIXED_PRECISION" in os.environ:
         end_with_parent(signal.SIGTERM)
-    with _watched():
+    with _watched(os.getppid() if launched else None):
         before = {number: signal.signal(number, _handle) for number in _EXIT_CODES}
         try:
             yield
@@ -85,15 +85,18 @@ def _handle(number: int, _frame: object) -> None:
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[None]:
+def _watched(launcher: int | None) -> Iterator[None]:
     """Have a thread see each signal as it comes: the main thread only does between two calls into C, and a step is one.
 
     Python sends the signals' numbers as bytes (`signal.set_wakeup_fd`).
+
+    Args:
+        launcher: the process whose end is a SIGTERM too.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_the_second, args=(reading,), name="signals", daemon=True).start()
+    threading.Thread(target=_end_at_the_second, args=(reading, launcher), name="signals", daemon=True).start()
     try:
         yield
     finally:
@@ -101,7 +104,7 @@ def _watched() -> Iterator[None]:
         writing.close()
 
 
-def _end_at_the_second(reading: socket.socket) -> None:
+def _end_at_the_second(reading: socket.socket, launcher: int | None) -> None:
     seen: set[int] = set()
     with reading:
         while True:
@@ -114,7 +117,10 @@ def _end_at_the_second(reading: socket.socket) -> None:
             if not numbers:
                 return
             for number in (number for number in numbers if number in _EXIT_CODES):
-                if number in seen:
+                if number == signal.SIGTERM and number in seen and launcher not in (None, os.getppid()):
+                    # systemd, Slurm and clouds tell the launcher too, whose end told this process again.
+                    launcher = None
+                elif number in seen:
                     os._exit(_EXIT_CODES[signal.Signals(number)])
                 if not seen:
                     # Not worth a word if it ends within a second.

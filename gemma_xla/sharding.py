@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_xla.config import LoraSection, MeshSection
@@ -66,6 +66,30 @@ def resolve_mesh(section: MeshSection, num_devices: int) -> MeshShape:
     if free:
         sizes[free[0]] = num_devices // known
     return MeshShape(**sizes)
+
+
+def check_slices(mesh: MeshShape, slices: Sequence[int]) -> None:
+    """Refuse a mesh of which more than the data axis would run from slice to slice, over the slow network.
+
+    Args:
+        mesh: of all devices.
+        slices: the slice that each device is in, in the order of the mesh's devices.
+
+    Raises:
+        UserError: the data axis does not divide into the slices, or the devices are not ordered by them.
+    """
+    count = len(set(slices))
+    if mesh.data % count:
+        raise UserError(
+            f"mesh.data is {mesh.data}, but the devices are {count} slices, each of which holds a whole model; set "
+            f"mesh.data={count} (or a multiple of it)"
+        )
+    size = len(slices) // count
+    if any(len(set(slices[start : start + size])) > 1 for start in range(0, len(slices), size)):
+        raise UserError(
+            "mesh: PyTorch/XLA does not number the devices slice by slice, or the slices differ in size; use equal "
+            "slices, or one"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 # Seconds to wait before each further try.
 DELAYS = (1, 2, 4, 8)
 # What waiting does not mend.
-_LASTING = {
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING_CODES = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
 }
@@ -31,7 +32,7 @@ def location(text: str | Path) -> Path:
     Raises:
         UserError: nothing installed can read such URLs.
     """
-    if "://" not in str(text):
+    if not is_url(text):
         return Path(text).expanduser()
     if str(text).startswith("file://"):
         return Path(str(text).removeprefix("file://"))
@@ -45,6 +46,10 @@ def location(text: str | Path) -> Path:
             f"{text}: such URLs cannot be opened: {error}; gs:// needs gcsfs and s3:// needs s3fs (pip install them)"
         ) from error
     return path
+
+
+def is_url(text: str | Path) -> bool:
+    return "://" in str(text)
 
 
 def is_local(path: Path) -> bool:
@@ -130,14 +135,24 @@ def retried(action: Callable[[], Result], what: str, say: Callable[[str], None])
         try:
             return action()
         except Exception as error:  # noqa: BLE001 (each file system has its own)
-            if getattr(error, "errno", None) in _LASTING:
+            if lasts(error):
                 raise
             say(f"{what} failed ({reason(error)}); trying again in {delay} s")
             time.sleep(delay)
     return action()
 
 
+def lasts(error: Exception) -> bool:
+    """Whether an error would come again, however long one waits."""
+    # Those of buckets often bear no number.
+    return isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_CODES
+
+
 def reason(error: BaseException) -> str:
     """An error in a few words."""
-    text = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0]
+    text = getattr(error, "strerror", None)
+    if text is None and isinstance(error, FileNotFoundError):
+        # Those of buckets give the name alone.
+        text = os.strerror(errno.ENOENT)
+    text = (text or str(error)).strip().partition("\n")[0]
     return text or type(error).__name__

@@ -171,10 +171,10 @@ WRONG_VALUES = {
     "data.eval={path: 3}": "data.eval[0].path is 3; must be text; quote what YAML would read as something else",
     "output_dir=no": "output_dir is false; must be text; quote what YAML would read as something else",
     "log.trackers=tensorboard": "log.trackers is 'tensorboard'; must be a list, such as [a, b]",
-    "train.remat=some": "train.remat is 'some'; must be 'none' or 'full'",
+    "train.remat=some": "train.remat is 'some'; must be 'auto', 'none' or 'full'",
     "train.keep={atention: all}": (
         "train.keep: no activation is called 'atention' (did you mean 'attention'?); there are q_proj, k_proj, v_proj, "
-        "attention, o_proj, gate_proj, up_proj"
+        "attention, o_proj, gate_proj, up_proj, gated"
     ),
     "train.keep={k_proj: x}": "train.keep: k_proj is 'x'; it must be 'all', or the number of layers, at least 1",
     "train.keep={o_proj: 0}": "train.keep: o_proj is 0; it must be 'all', or the number of layers, at least 1",

@@ -31,6 +31,15 @@ def deferred():
         print("step done", flush=True)
         raise interrupts.Interrupted(interrupts.received())
 
+def saving():
+    with interrupts.deferred():
+        print("ready", flush=True)
+        while not interrupts.received():
+            time.sleep(0.01)
+        time.sleep(float(sys.argv[2]))
+        print("saved", flush=True)
+        raise interrupts.Interrupted(interrupts.received())
+
 def never():
     with interrupts.deferred():
         print("ready", flush=True)
@@ -101,6 +110,41 @@ child.wait()
     parent.wait()
     psutil.wait_procs([child], timeout=20)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def launched(seconds: int) -> subprocess.Popen:
+    """A launcher of a run that takes so long to save, in a group of their own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, SCRIPT, "saving", str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"ACCELERATE_MIXED_PRECISION": "no"},
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_group_told_to_end_saves():
+    """A machine that is taken back, systemd and Slurm tell launcher and run alike: the run hears it twice."""
+    for process in [launched(1) for _ in range(4)]:
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=20)[0] == "saved\ncleaned up\n"
+
+
+def test_told_again_and_again_it_ends_at_once():
+    process = launched(30)
+    (run,) = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGTERM)
+    for _ in range(2):
+        time.sleep(0.5)
+        run.send_signal(signal.SIGTERM)
+    psutil.wait_procs([run], timeout=10)
+    assert not run.is_running()
+    assert process.communicate()[0] == ""
 
 
 def test_handlers_are_put_back():

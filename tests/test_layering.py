@@ -18,6 +18,7 @@ ORDER = [
     {"", "__main__", "cli", "notebook"},
     {"plan"},
     {"train"},
+    {"temporaries"},
     {"infer"},
     {"weights"},
     {"checkpoint", "hf"},

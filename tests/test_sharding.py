@@ -13,6 +13,7 @@ from gemma_xla.sharding import (
     MeshShape,
     Rule,
     check_heads,
+    check_slices,
     gathered,
     match,
     resolve_mesh,
@@ -129,3 +130,28 @@ def test_the_free_axis_takes_what_remains(section, devices, expected):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(section, devices, message):
     with pytest.raises(UserError, match=message):
         resolve_mesh(section, devices)
+
+
+class TestSlices:
+    """The data axis alone may run from slice to slice."""
+
+    @pytest.mark.parametrize(
+        ("mesh", "slices"),
+        [
+            (MeshShape(1, 8, 1), [0] * 8),
+            (MeshShape(2, 4, 1), [0] * 4 + [1] * 4),
+            (MeshShape(4, 2, 1), [3] * 4 + [1] * 4),
+            (MeshShape(4, 2, 2), [0] * 8 + [1] * 8),
+        ],
+    )
+    def test_each_holds_a_whole_model(self, mesh, slices):
+        check_slices(mesh, slices)
+
+    def test_the_mesh_must_say_so(self):
+        with pytest.raises(UserError, match=r"mesh.data is 1, but the devices are 2 slices, .*; set mesh.data=2 "):
+            check_slices(MeshShape(1, 8, 1), [0] * 4 + [1] * 4)
+
+    @pytest.mark.parametrize("slices", [[0, 1] * 4, [0] * 3 + [1] * 5, [0, 0, 1, 1, 1, 1, 0, 0]])
+    def test_devices_must_be_ordered_by_them(self, slices):
+        with pytest.raises(UserError, match="mesh: .* slice by slice"):
+            check_slices(MeshShape(2, 4, 1), slices)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from gemma_xla.config_data import SourceSection
-from gemma_xla.data.files import find_files, is_local
+from gemma_xla.data.files import are_files, find_files
 from gemma_xla.data.hub import from_dataset
 from gemma_xla.data.opening import open_source
 from gemma_xla.data.readers import FileReader
@@ -153,9 +153,9 @@ def test_local_paths_and_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "corpus")
     for path in ("corpus", "/a", "./a", "../a", "~/a", "{stdlib}", "a/*", "a.txt", "a/b.jsonl", "a.parquet", "a.gz"):
-        assert is_local(path), path
+        assert are_files(path), path
     for path in ("wikitext", "HuggingFaceFW/fineweb", "roneneldan/TinyStories"):
-        assert not is_local(path), path
+        assert not are_files(path), path
 
 
 def write_all(folder: Path) -> dict[str, StreamSource]:

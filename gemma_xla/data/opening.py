@@ -1,4 +1,4 @@
-"""Opening text: local files, folders and globs, and data sets of the Hugging Face hub."""
+"""Opening text: files, folders and globs, here or in a bucket, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from gemma_xla.config_data import SourceSection
-from gemma_xla.data.files import file_kind, find_files, is_local
+from gemma_xla.data.files import are_files, file_kind, find_files
 from gemma_xla.data.hub import open_hub, quiet
 from gemma_xla.data.readers import FileReader, first_line
 from gemma_xla.data.records import RecordFormat, record_format
 from gemma_xla.data.sources import IndexedSource, Source, StreamSource, digest
 from gemma_xla.errors import UserError
-from gemma_xla.storage import reason
+from gemma_xla.storage import is_url, location, reason
 
 # Files that a stream is known again by; of a data set on the hub it is only the first, for the sake of a quick start.
 _SAMPLED_FILES = 16
@@ -33,15 +33,13 @@ def open_source(section: SourceSection, field: str) -> Source:
     Raises:
         UserError: there is no such file or data set, it cannot be read, it holds no text, or has no such column.
     """
-    if "://" in section.path:
-        raise UserError(f"{field}.path: {section.path!r} is a URL; copy the text here, or name a hub data set")
     try:
-        return _open_local(section, field) if is_local(section.path) else _checked(open_hub(section, field), section)
+        return _open_files(section, field) if are_files(section.path) else _checked(open_hub(section, field), section)
     except OSError as error:
         raise UserError(f"{field}.path: {section.path!r} cannot be read ({reason(error)}); check the path") from error
 
 
-def _open_local(section: SourceSection, field: str) -> Source:
+def _open_files(section: SourceSection, field: str) -> Source:
     if section.subset or section.split != "train":
         raise UserError(f"{field}: 'subset' and 'split' are for hub data sets, not for files; remove them")
     files = find_files(section.path, field)
@@ -77,9 +75,7 @@ def _checked(source: Source, section: SourceSection) -> Source:
 
 def _load(reader: FileReader, files: tuple[str, ...]) -> datasets.Dataset:
     """All documents of the files as a data set in the cache, which is made again when a file changes."""
-    stats = [(Path(file).absolute(), Path(file).stat()) for file in files]
-    versions = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
-    key = digest([_READER_VERSION, reader.kind, *astuple(reader.format), reader.sample_by, *versions])
+    key = digest([_READER_VERSION, reader.kind, *astuple(reader.format), reader.sample_by, *map(_version, files)])
     try:
         with quiet():
             return datasets.Dataset.from_generator(
@@ -96,6 +92,15 @@ def _load(reader: FileReader, files: tuple[str, ...]) -> datasets.Dataset:
             f"{reader.field}.path: the text could not be written to the cache {datasets.config.HF_DATASETS_CACHE}: "
             f"{first_line(cause)}; free some space, or set HF_HOME to another folder"
         ) from error
+
+
+def _version(file: str) -> str:
+    """What changes with a file."""
+    if is_url(file):
+        path = location(file)
+        return f"{file} {path.fs.ukey(path.path)}"
+    stat = Path(file).stat()
+    return f"{Path(file).absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _where(reader: FileReader, files: tuple[str, ...], wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""Reading the documents of local files, from any position on, with errors that name the file and the line.
+"""Reading the documents of files, from any position on, with errors that name the file and the line.
 
 A document is a text with more in it than white space; all else (blank lines, empty files, nulls) is passed over.
 Examples to fine-tune on are documents too, as JSON. A
@@ -9,10 +9,12 @@ records in parquet and in lists of JSON.
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,10 +25,13 @@ from pyarrow import parquet
 from gemma_xla.data.records import RecordFormat, Where, shown
 from gemma_xla.data.sources import has_text
 from gemma_xla.errors import UserError
+from gemma_xla.storage import DELAYS, is_url, lasts, location, reason
 
 _BOM = b"\xef\xbb\xbf"
 # Rows of a parquet file that become Python objects at a time.
 _BATCH_ROWS = 256
+# Bytes of an object in a bucket that are handed on at a time: its own lines are cut in Python, one by one.
+_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,25 @@ class FileReader:
     def read(self, file: str, start: int | None = None) -> Iterator[tuple[str, int]]:
         """Yield each document from position ``start`` (None: the start) on, and the position after it.
 
+        Where the network fails, reading goes on after the last document, a few times, waiting longer each time.
+
         Raises:
             UserError: the file cannot be read, or a record is not what it should be.
         """
         read = {"json": self._json, "parquet": self._parquet, "text": self._text}[self.kind]
-        with self._explained(file), _open(file) as stream:
-            for text, position in read(stream, file, start or 0):
-                if has_text(text):
-                    yield text, position
+        reached, delays = start or 0, iter(DELAYS)
+        while True:
+            try:
+                with self._explained(file), _open(file) as stream:
+                    for text, position in read(stream, file, reached):
+                        reached, delays = position, iter(DELAYS)
+                        if has_text(text):
+                            yield text, position
+                return
+            except _Passing as error:
+                if (delay := next(delays, None)) is None:
+                    raise self._unreadable(file, error.__cause__) from error.__cause__
+                time.sleep(delay)
 
     def first(self, file: str) -> tuple[list[str], str] | None:
         """Return the columns of a file's first record, and where it is; None: there is no record.
@@ -56,12 +72,15 @@ class FileReader:
         Raises:
             UserError: the file cannot be read.
         """
-        with self._explained(file), _open(file) as stream:
-            if self.kind == "parquet":
-                return parquet.ParquetFile(stream).schema_arrow.names, file
-            for record, where, _ in self._records(stream, file, 0):
-                self.format.check(record, self.field, where)
-                return list(record), where()
+        try:
+            with self._explained(file), _open(file) as stream:
+                if self.kind == "parquet":
+                    return parquet.ParquetFile(stream).schema_arrow.names, file
+                for record, where, _ in self._records(stream, file, 0):
+                    self.format.check(record, self.field, where)
+                    return list(record), where()
+        except _Passing as error:
+            raise self._unreadable(file, error.__cause__) from error.__cause__
         return None
 
     def where(self, file: str, position: int) -> str:
@@ -156,14 +175,32 @@ class FileReader:
                 f"{self.field}.path: {file} is cut short, damaged, or of another kind than its name says: "
                 f"{first_line(error)}; fetch or write it again, or leave it out"
             ) from error
-        except OSError as error:
-            raise UserError(
-                f"{self.field}.path: {file} cannot be read: {error.strerror or first_line(error)}"
-            ) from error
+        except UserError:
+            raise
+        except Exception as error:
+            if is_url(file) and not lasts(error):
+                raise _Passing from error
+            if is_url(file) or isinstance(error, OSError):
+                raise self._unreadable(file, error) from error
+            raise
+
+    def _unreadable(self, file: str, error: BaseException) -> UserError:
+        return UserError(f"{self.field}.path: {file} cannot be read: {reason(error)}")
 
 
-def _open(file: str) -> BinaryIO:
-    return gzip.open(file, "rb") if file.endswith(".gz") else Path(file).open("rb")
+class _Passing(Exception):
+    """What waiting may mend; its cause says what it is."""
+
+
+@contextmanager
+def _open(file: str) -> Iterator[BinaryIO]:
+    with ExitStack() as stack:
+        if is_url(file):
+            stream = stack.enter_context(location(file).open("rb"))
+            stream = stack.enter_context(io.BufferedReader(stream, _BUFFER))
+        else:
+            stream = stack.enter_context(Path(file).open("rb"))
+        yield stack.enter_context(gzip.open(stream, "rb")) if file.endswith(".gz") else stream
 
 
 def _is_list(stream: BinaryIO) -> bool:

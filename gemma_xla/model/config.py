@@ -10,9 +10,12 @@ from gemma_xla.errors import UserError, nearest
 
 # The modules of a layer that hold matrices; an adapter can stand beside each.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The results of a layer's matrix products that a backward pass needs: beside them and the layer's input, only cheap
-# things have to be computed again. "attention" is what comes out of it, with the kernel's log-sum-exp.
-ACTIVATIONS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")
+# What a backward pass need not compute again where it is kept: the results of a layer's matrix products; "attention",
+# what comes out of it, with the kernel's log-sum-exp; "gated", what gate and up come to, with the two factors of its
+# gradient, which take the place of both. Beside those that are needed, and the layer's input, only cheap things have to
+# be computed again.
+ACTIVATIONS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj", "gated")
+ALL_NEEDED = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gated")
 # The three products of a linear layer and its backward pass.
 INT8_PRODUCTS = ("output", "grad_input", "grad_weight")
 

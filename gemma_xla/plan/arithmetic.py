@@ -15,11 +15,11 @@ from typing import Any
 from gemma_xla.chips import CHIPS, Chip, Sourced
 from gemma_xla.errors import UserError
 from gemma_xla.plan.result import HbmUse
-from gemma_xla.plan.settings import Settings, Variants, settings_of, tensor_sizes
+from gemma_xla.plan.settings import Settings, Variants, kept_choices, settings_of, tensor_sizes
 from gemma_xla.plan.setup import Setup
 from gemma_xla.plan.step_time import step_time
-from gemma_xla.plan.temporaries import positions, temporaries
 from gemma_xla.plan.units import gib
+from gemma_xla.temporaries import temporaries
 
 _MIB = 2**20
 _libtpu = "libtpu 0.0.21, from its account of programs that do not fit: {} MiB of memory less {} MiB reserved"
@@ -43,7 +43,7 @@ def available(chip: Chip) -> int:
 
 def bounds(setup: Setup) -> tuple[HbmUse, float]:
     """Return what a step takes of a chip's memory at least, and its seconds at least."""
-    return _memory(setup, temporaries(setup)), step_time(setup).least
+    return _memory(setup, temporaries(setup.step)), step_time(setup).least
 
 
 def _memory(setup: Setup, temporary: int) -> HbmUse:
@@ -52,7 +52,7 @@ def _memory(setup: Setup, temporary: int) -> HbmUse:
         "parameters": held.frozen + held.trained,
         "optimizer": _MOMENTS * held.trained,
         "gradients": held.trained if setup.config.train.grad_accum > 1 else 0,
-        "batch": positions(setup) * _BATCH_BYTES,
+        "batch": setup.step.positions * _BATCH_BYTES,
         "temporaries": temporary,
         "program": 0,
     }
@@ -71,7 +71,7 @@ def advice(setup: Setup, memory: HbmUse) -> list[str]:
         memory: what it takes.
     """
     base, variants = settings_of(setup.config, setup.hardware), Variants(setup.config)
-    floor = _memory(setup, temporaries(setup, frugal=False))
+    floor = _memory(setup, temporaries(setup.step, frugal=False))
 
     def options(changes: Iterable[dict[str, Any]]) -> list[_Option]:
         found = (_option(variants, base, change, memory, floor) for change in changes)
@@ -130,7 +130,7 @@ def _option(
         setup = variants.setup(settings)
     except UserError:
         return None
-    least = _memory(setup, temporaries(setup, frugal=False))
+    least = _memory(setup, temporaries(setup.step, frugal=False))
     temporary = int(least.temporaries * max(1.0, memory.temporaries / floor.temporaries))
     # What the compiler adds to the other parts stays.
     others = least.used - least.temporaries + max(0, memory.used - memory.temporaries - floor.used + floor.temporaries)
@@ -151,10 +151,17 @@ def _changes(setup: Setup, base: Settings) -> list[list[dict[str, Any]]]:
     return [
         [{"loss_chunk": chunk} for chunk in chunks],
         [{"batch_size_per_device": rows} for rows in batches],
-        [{"remat": "full"}] if base.remat == "none" else [],
+        _keeping_less(base),
         [{"layers": "loop"}] if base.layers == "scan" else [],
         meshes,
     ]
+
+
+def _keeping_less(base: Settings) -> list[dict[str, Any]]:
+    """What may be kept that is less than what is kept."""
+    choices = kept_choices(base)
+    own = {"remat": base.remat, "keep": base.keep}
+    return choices[choices.index(own) + 1 :] if own in choices else choices[-1:] * bool(base.keep)
 
 
 def _larger(base: Settings) -> Iterator[dict[str, Any]]:

@@ -22,36 +22,52 @@ SOURCE = (
     "https://cloud.google.com/blog/products/ai-machine-learning/performance-deepdive-of-gemma-on-google-cloud"
 )
 SEQ_LEN = 8192
+# Model, slice and precision.
+Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published row; fractions of the bfloat16 peak.
+    """One published speed.
 
     Attributes:
-        mfu: measured; attention counted as the full square.
-        emfu: the same, with int8 matmuls.
+        model: a preset.
+        slice: the name of the topology.
+        precision: as the config's ``train.precision`` has it.
+        mfu: measured, of the bfloat16 peak (with int8 that is the EMFU); attention counted as the full square.
         maxtext: what our estimate makes of the step that MaxText compiles, with the best settings that were found for
-            it (libtpu 0.0.44, bfloat16, 2026); attention counted as half the square.
+            it (libtpu 0.0.44, 2026); attention counted as half the square.
     """
 
     model: str
     slice: str
+    precision: str
     mfu: float
-    emfu: float
     maxtext: float
+
+    @property
+    def key(self) -> Key:
+        """What tells the rows apart: model, slice and precision."""
+        return self.model, self.slice, self.precision
+
+    @property
+    def config(self) -> str:
+        """What to plan for it."""
+        return f"recipes/configs/{self.model}-pretrain-{self.slice}.yaml"
 
 
 PUBLISHED = (
-    Published("gemma-2b", "v5e-256", mfu=0.58, emfu=0.64, maxtext=0.624),
-    Published("gemma-7b", "v5e-256", mfu=0.58, emfu=0.70, maxtext=0.632),
-    Published("gemma-2b", "v5p-128", mfu=0.55, emfu=0.68, maxtext=0.655),
-    Published("gemma-7b", "v5p-128", mfu=0.60, emfu=0.70, maxtext=0.644),
+    Published("gemma-2b", "v5e-256", "default", mfu=0.58, maxtext=0.624),
+    Published("gemma-7b", "v5e-256", "default", mfu=0.58, maxtext=0.632),
+    Published("gemma-2b", "v5p-128", "default", mfu=0.55, maxtext=0.655),
+    Published("gemma-7b", "v5p-128", "default", mfu=0.60, maxtext=0.644),
+    Published("gemma-2b", "v5e-256", "int8", mfu=0.64, maxtext=0.647),
+    Published("gemma-7b", "v5e-256", "int8", mfu=0.70, maxtext=0.718),
+    Published("gemma-2b", "v5p-128", "int8", mfu=0.68, maxtext=0.669),
+    Published("gemma-7b", "v5p-128", "int8", mfu=0.70, maxtext=0.756),
 )
-# What to plan for each row: (model, slice, config); the slice is the name of the topology.
-QUESTIONS = tuple((row.model, row.slice, f"recipes/configs/{row.model}-pretrain-{row.slice}.yaml") for row in PUBLISHED)
-
 _ROOT = Path(__file__).parents[2]
+_PRECISIONS = {"default": "bfloat16", "int8": "int8"}
 
 # Llama 2 7B: Touvron et al. 2023, arXiv:2307.09288, tables 1 and 2.
 BASELINE_SOURCE = "Llama-2-7B, 2.0T tokens in 184,320 A100-80GB hours (arXiv:2307.09288)"
@@ -68,20 +84,21 @@ BIAS = (
 )
 
 
-def ask(answer: Callable[[Setup, str], Plan], overrides: Sequence[str] = ()) -> dict[tuple[str, str], Plan]:
-    """Have each row's config planned; return the plans by model and slice.
+def ask(answer: Callable[[Setup, str], Plan], overrides: Sequence[str] = ()) -> dict[Key, Plan]:
+    """Have each row's config planned; return the plans by model, slice and precision.
 
     Args:
         answer: plans a config, given its path too, such as `Planner.plan`.
-        overrides: to all of them, such as ``train.precision=int8``.
+        overrides: to all of them, such as ``train.optimizer.clip_norm=0``.
 
     Raises:
         UserError: an override is impossible, or whatever ``answer`` raises.
     """
     plans = {}
-    for model, slice_, path in QUESTIONS:
-        config = load_config(_ROOT / path, [f"hardware.topology={slice_}", *overrides])
-        plans[model, slice_] = answer(prepare(config, hardware(config)), path)
+    for row in PUBLISHED:
+        own = [f"hardware.topology={row.slice}", f"train.precision={row.precision}"]
+        config = load_config(_ROOT / row.config, [*own, *overrides])
+        plans[row.key] = answer(prepare(config, hardware(config)), row.config)
     return plans
 
 
@@ -112,21 +129,21 @@ def relative_performance_per_dollar(emfu: float, chip: Chip, baseline_price: flo
 
 
 def table(
-    plans: Mapping[tuple[str, str], Plan | None],
+    plans: Mapping[Key, Plan | None],
     prices: Mapping[str, float] | None = None,
     baseline_price: float = BASELINE_PRICE,
 ) -> str:
     """The comparison as text for a terminal.
 
     Args:
-        plans: by model and slice, as in `QUESTIONS`; None, or absent: not planned.
+        plans: by what tells the rows apart, as `ask` returns them; None, or absent: not planned.
         prices: dollars per chip-hour by chip, where not the catalogue's.
     """
     chips = {name: chip.with_price((prices or {}).get(name, chip.price.value)) for name, chip in CHIPS.items()}
-    head = ["", "", "publ.", "publ.", "ours", "MaxText", "ours", "ours", "publ.", "publ.", "ours", "ours"]
-    names = ["model", "slice", "MFU", "int8", "MFU", "causal", "causal", "step s", "MFU/$", "int8/$", "MFU/$", "fits"]
-    rows = [_row(row, plans.get((row.model, row.slice)), chips, baseline_price) for row in PUBLISHED]
-    lines = aligned([head, names, *rows], left=(0, 1, len(head) - 1), width=120)
+    head = ["", "", "", "publ.", "ours", "MaxText", "ours", "ours", "publ.", "ours", "ours"]
+    names = ["model", "slice", "products", "MFU", "MFU", "causal", "causal", "step s", "MFU/$", "MFU/$", "fits"]
+    rows = [_row(row, plans.get(row.key), chips, baseline_price) for row in PUBLISHED]
+    lines = aligned([head, names, *rows], left=(0, 1, 2, len(head) - 1), width=120)
     for note in [*_notes(chips, baseline_price), *(_settings(plan) for plan in plans.values() if plan is not None)]:
         lines += ["", *textwrap.wrap(note, 100, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines)
@@ -135,7 +152,7 @@ def table(
 def _notes(chips: Mapping[str, Chip], baseline_price: float) -> list[str]:
     prices = ", ".join(f"{name} {chips[name].price.value:.2f}" for name in ("v5e", "v5p"))
     return [
-        f"MFU and int8 (EMFU): of the bfloat16 peak, full square, at {SEQ_LEN} tokens; causal: half the square. "
+        f"MFU: of the bfloat16 peak (with int8 the EMFU), full square, at {SEQ_LEN} tokens; causal: half the square. "
         "Publ.: measured. Ours: ESTIMATE. MaxText: the same ESTIMATE of its step, compiled by libtpu 0.0.44 with the "
         "best settings that were found for it; ours are by the libtpu named in a plan.",
         f"Published: {SOURCE}",
@@ -152,19 +169,10 @@ def _row(row: Published, plan: Plan | None, chips: Mapping[str, Chip], baseline_
     full, *ours = ["-"] * 3
     if figures is not None:
         full, *ours = f"{figures.mfu_full_square:.3f}", f"{figures.mfu:.3f}", f"{figures.step_seconds:.3f}"
-    emfus = [row.mfu, row.emfu, figures.mfu_full_square if figures is not None else None]
-    ratios = [_ratio(emfu, chip, baseline_price) for emfu in emfus]
-    return [
-        row.model,
-        row.slice,
-        f"{row.mfu:.2f}",
-        f"{row.emfu:.2f}",
-        full,
-        f"{row.maxtext:.3f}",
-        *ours,
-        *ratios,
-        _fits(plan),
-    ]
+    mfus = [row.mfu, figures.mfu_full_square if figures is not None else None]
+    ratios = [_ratio(mfu, chip, baseline_price) for mfu in mfus]
+    named = [row.model, row.slice, _PRECISIONS[row.precision]]
+    return [*named, f"{row.mfu:.2f}", full, f"{row.maxtext:.3f}", *ours, *ratios, _fits(plan)]
 
 
 def _ratio(emfu: float | None, chip: Chip, baseline_price: float) -> str:

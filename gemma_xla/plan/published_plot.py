@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gemma_xla.drawing import BLUE, GREEN, INK, ORANGE, PAPER, at_end, label, legend, new_figure
-from gemma_xla.plan.published import PUBLISHED
+from gemma_xla.plan.published import PUBLISHED, Key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,17 +20,17 @@ _KINDS = {
 }
 
 
-def draw_published(plans: Mapping[tuple[str, str], Plan | None]) -> Figure:
+def draw_published(plans: Mapping[Key, Plan | None]) -> Figure:
     """MFU of each published row, and of our plan of it: what the compiler says, or else what arithmetic does.
 
     Args:
-        plans: by model and slice; None, or absent: not planned. What does not fit has no speed.
+        plans: by model, slice and precision; None, or absent: not planned. What does not fit has no speed.
     """
-    figure, ((axes,),) = new_figure(10, 4.2)
+    figure, ((axes,),) = new_figure(10, 6.5)
     measured, estimate, bound = _KINDS
     for place, row in enumerate(PUBLISHED):
         bars = {measured: row.mfu}
-        plan = plans.get((row.model, row.slice))
+        plan = plans.get(row.key)
         if plan is not None and plan.figures is not None and plan.memory.fits:
             bars[estimate if plan.compiled else bound] = plan.figures.mfu_full_square
         for i, (kind, mfu) in enumerate(bars.items()):
@@ -38,10 +38,12 @@ def draw_published(plans: Mapping[tuple[str, str], Plan | None]) -> Figure:
             axes.barh(at, 100 * mfu, height=0.36, edgecolor=INK, linewidth=0.6, **_KINDS[kind])
             at_end(axes, 100 * mfu, at, f"{100 * mfu:.1f}")
     axes.axvline(100, color=ORANGE, linewidth=1.2)
-    axes.set_yticks(range(len(PUBLISHED)), [f"{row.model}, {row.slice}" for row in PUBLISHED])
+    names = [f"{row.model}, {row.slice}{', int8' * (row.precision == 'int8')}" for row in PUBLISHED]
+    axes.set_yticks(range(len(PUBLISHED)), names)
     axes.invert_yaxis()
-    label(axes, "compare estimates with estimates only: this method is 6 to 32% high", "MFU (%), bfloat16, full square")
+    title = "compare estimates with estimates only: this method is 6 to 32% high"
+    label(axes, title, "MFU (%) of the bfloat16 peak, full square")
     for kind, style in _KINDS.items():
         axes.barh(0, 0, label=kind, edgecolor=INK, linewidth=0.6, **style)
-    legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     return figure

@@ -12,6 +12,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.plan.setup import Setup, prepare
 from gemma_xla.plan.slices import Hardware, hardware
 from gemma_xla.sharding import MeshShape
+from gemma_xla.temporaries import KEPT
 
 if TYPE_CHECKING:
     from gemma_xla.train.memory import Memory
@@ -30,6 +31,7 @@ class Settings:
     batch_size_per_device: int
     grad_accum: int
     remat: str
+    keep: tuple[tuple[str, int | str], ...]
     layers: str
     loss_chunk: int
 
@@ -45,8 +47,7 @@ class Settings:
 
     def keys(self, other: Settings | None = None) -> dict[str, Any]:
         """The config's keys and their values; with ``other`` those alone that differ from its."""
-        fields = dataclasses.asdict(self)
-        before = dataclasses.asdict(other) if other else {}
+        fields, before = ({**dataclasses.asdict(s), "keep": dict(s.keep)} if s else {} for s in (self, other))
         return {_KEYS.get(k, f"train.{k}"): v for k, v in fields.items() if k not in before or before[k] != v}
 
 
@@ -95,9 +96,15 @@ def settings_of(config: RunConfig, where: Hardware) -> Settings:
         batch_size_per_device=rows,
         grad_accum=train.grad_accum,
         remat=train.remat,
+        keep=tuple(train.keep.items()),
         layers=train.layers,
         loss_chunk=train.loss_chunk,
     )
+
+
+def kept_choices(settings: Settings) -> list[dict[str, Any]]:
+    """The fields of `Settings` that say what is kept of activations, those that keep most first."""
+    return [choice | {"keep": tuple(choice["keep"].items())} for choice in KEPT[settings.layers]]
 
 
 def tensor_sizes(where: Hardware) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from gemma_xla.flops import FlopCounter
 from gemma_xla.model.config import PRESETS, GemmaConfig, preset, splash_takes
 from gemma_xla.plan.slices import Hardware
 from gemma_xla.storage import location
+from gemma_xla.temporaries import Step, choose_remat
 
 if TYPE_CHECKING:
     import torch
@@ -67,18 +69,43 @@ class Setup:
         """Whether attention is the kernel that keeps no scores."""
         return self.config.model.attention == "auto" and splash_takes(self.model.head_dim, self.flops.seq_len)
 
-    @property
-    def kept(self) -> dict[str, int]:
-        """Where layers are a compiled loop: in how many of them each named activation is kept for the backward pass."""
-        train = self.config.train
-        return {} if train.layers == "loop" else train.kept(self.model.num_hidden_layers)
-
     @cached_property
     def memory(self) -> Memory:
         """What a chip keeps from step to step."""
         from gemma_xla.train.memory import memory
 
         return memory(self.model, self.hardware.slice_mesh, self.config.lora, self.compute_dtype)
+
+    @property
+    def slice_positions(self) -> int:
+        """Positions of a micro-batch on each chip."""
+        return self.micro_batch_rows // self.hardware.slice_mesh.batch_shards * self.flops.seq_len
+
+    @cached_property
+    def step(self) -> Step:
+        """What decides how much memory a step takes."""
+        return Step(
+            train=self.config.train,
+            lora=self.config.lora,
+            model=self.model,
+            mesh=self.hardware.slice_mesh,
+            seq_len=self.flops.seq_len,
+            positions=self.slice_positions,
+            itemsize=self.compute_dtype.itemsize,
+            trained=self.memory.trained,
+            held=self.memory.total,
+            uses_splash=self.uses_splash,
+        )
+
+    def resolved(self) -> Setup:
+        """The same with ``train.remat`` decided."""
+        if self.config.train.remat != "auto":
+            return self
+        train = choose_remat(self.step, self.hardware.chip.hbm_bytes)
+        resolved = dataclasses.replace(self, config=self.config.model_copy(update={"train": train}))
+        # It takes long to add up, and stays.
+        vars(resolved)["memory"] = self.memory
+        return resolved
 
 
 def prepare(config: RunConfig, hardware: Hardware) -> Setup:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gemma_xla.flops import projections
 from gemma_xla.plan.dcn import dcn_collective, gradient_bytes
 from gemma_xla.plan.setup import Setup
-from gemma_xla.plan.temporaries import itemsize, layer_parameters, outer_parameters, positions
+from gemma_xla.temporaries import layer_parameters, not_again, outer_parameters
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def executed_flops(setup: Setup) -> float:
     if setup.config.lora:
         total -= sum(term.training - term.forward for term in layers) / num_layers
     if computes_twice(setup):
-        kept = setup.kept | {"down_proj": num_layers}
+        kept = not_again(setup.step)
         if not setup.uses_splash:
             kept.pop("attention", None)
         total += sum(term.forward * (1 - kept.get(term.name, 0) / num_layers) for term in layers)
@@ -85,7 +85,7 @@ def int8_flops(setup: Setup) -> float:
     if train.precision != "int8":
         return 0.0
     terms = [term for term in setup.flops.terms() if term.name in projections(setup.model)]
-    kept = setup.kept | {"down_proj": num_layers}
+    kept = not_again(setup.step)
     total = 0.0
     for term in terms:
         again = 1 - kept.get(term.name, 0) / num_layers if computes_twice(setup) else 0
@@ -112,12 +112,12 @@ def _ici_bytes(setup: Setup) -> float:
     section, mesh, layers = setup.config.train, setup.hardware.slice_mesh, setup.model.num_hidden_layers
     remat = computes_twice(setup)
     # Of whole weights as they are used; each chip has its part already.
-    weights = (2 if remat else 1) * layers * layer_parameters(setup) * _weight_bytes(setup)
-    gathered = (outer_parameters(setup) * itemsize(setup) + weights) * (mesh.fsdp - 1) / mesh.fsdp
+    weights = (2 if remat else 1) * layers * layer_parameters(setup.step) * _weight_bytes(setup)
+    gathered = (outer_parameters(setup.step) * setup.step.itemsize + weights) * (mesh.fsdp - 1) / mesh.fsdp
     part = gradient_bytes(setup)
     scattered = part * (mesh.fsdp - 1) + _all_reduced(part, mesh.data)
-    sums = layers * (3 if remat else 2) - setup.kept.get("o_proj", 0) + 2 * (layers - bool(setup.config.lora))
-    summed = sums * _all_reduced(positions(setup) * setup.model.hidden_size * itemsize(setup), mesh.tensor)
+    sums = layers * (3 if remat else 2) - setup.step.kept.get("o_proj", 0) + 2 * (layers - bool(setup.config.lora))
+    summed = sums * _all_reduced(setup.step.positions * setup.model.hidden_size * setup.step.itemsize, mesh.tensor)
     return section.grad_accum * (gathered + scattered + summed)
 
 
@@ -125,7 +125,7 @@ def _weight_bytes(setup: Setup) -> int:
     """Bytes in which an element of a layer's weights is sent to where it is used."""
     used = {"output", "grad_input"}
     in_8_bits = used & set(setup.config.train.int8_products) if setup.config.train.precision == "int8" else set()
-    return bool(in_8_bits) + itemsize(setup) * bool(used - in_8_bits)
+    return bool(in_8_bits) + setup.step.itemsize * bool(used - in_8_bits)
 
 
 def _all_reduced(num_bytes: int, ways: int) -> float:

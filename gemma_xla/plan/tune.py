@@ -14,8 +14,8 @@ from gemma_xla.config import RunConfig
 from gemma_xla.errors import UserError
 from gemma_xla.plan.arithmetic import bounds
 from gemma_xla.plan.result import HbmUse, Plan
-from gemma_xla.plan.settings import Settings, Variants, settings_of, tensor_sizes
-from gemma_xla.plan.setup import Setup
+from gemma_xla.plan.settings import Settings, Variants, kept_choices, settings_of, tensor_sizes
+from gemma_xla.plan.setup import Setup, prepare
 from gemma_xla.plan.slices import Hardware
 from gemma_xla.plan.step_time import step_time
 
@@ -23,7 +23,6 @@ Ask = Callable[[RunConfig, Hardware], Plan]
 By = Literal["dollars", "time"]
 # Rows per micro-batch and device that are tried.
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
-_REMAT = ("none", "full")
 # Steps of more rows than this many times the config's are another training.
 _MOST_ROWS = 4
 
@@ -91,7 +90,7 @@ def tune(
         by: "dollars" ranks by tokens per dollar, "time" by the time per token.
         say: shows a line of progress for each.
     """
-    base = [settings_of(config, where) for where in slices]
+    base = [settings_of(prepare(config, where).resolved().config, where) for where in slices]
     search = _Search(Variants(config), by)
     for own, where in zip(base, slices, strict=True):
         search.add(own, where)
@@ -110,7 +109,13 @@ def describe(settings: Settings) -> str:
     """The settings in a line."""
     s = settings
     mesh = f"data {s.data}, fsdp {s.fsdp}" + (f", tensor {s.tensor}" if s.tensor > 1 else "")
-    return f"{s.topology}, {mesh}, batch {s.batch_size_per_device} x {s.grad_accum}, remat {s.remat}"
+    return f"{s.topology}, {mesh}, batch {s.batch_size_per_device} x {s.grad_accum}, remat {remat(s)}"
+
+
+def remat(settings: Settings) -> str:
+    """What is computed twice, in a few words."""
+    kept = ", ".join(name.removesuffix("_proj") for name, _ in settings.keep)
+    return settings.remat + (f" but {kept}" if kept else "")
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class _Candidate:
     def kind(self) -> tuple:
         """All but how the data and fsdp axes share the chips, which makes the least difference."""
         s = self.settings
-        return s.topology, s.tensor, s.batch_size_per_device, s.remat
+        return s.topology, s.tensor, s.batch_size_per_device, remat(s)
 
 
 @dataclass
@@ -173,9 +178,9 @@ class _Search:
         except UserError as error:
             return Row(candidate.settings, None, str(error))
         if plan.compiled:
-            remat = candidate.settings.remat
+            policy = remat(candidate.settings)
             excess = plan.memory.temporaries / candidate.least.temporaries
-            self.excess[remat] = min(excess, self.excess.get(remat, excess))
+            self.excess[policy] = min(excess, self.excess.get(policy, excess))
         if not plan.memory.fits:
             left = [other for other in self.waiting if not _larger(other, candidate)]
             self.pruned["larger in every respect than one that does not fit"] += len(self.waiting) - len(left)
@@ -183,19 +188,20 @@ class _Search:
         return Row(candidate.settings, plan)
 
     def _unlikely(self, candidate: _Candidate) -> bool:
-        least, excess = candidate.least, self.excess.get(candidate.settings.remat, 1.0)
+        least, excess = candidate.least, self.excess.get(remat(candidate.settings), 1.0)
         return least.used + least.temporaries * (excess - 1) > least.available
 
 
 def _candidates(own: Settings, where: Hardware) -> Iterator[Settings]:
-    """Every way to share a slice's chips out in powers of two, each with all batch sizes, with and without remat."""
+    """Every way to share a slice's chips out in powers of two, each with all batch sizes and all that may be kept."""
     chips = where.slice.num_chips
-    for tensor, power, rows, remat in itertools.product(tensor_sizes(where), range(chips.bit_length()), _ROWS, _REMAT):
+    counts, policies = range(chips.bit_length()), kept_choices(own)
+    for tensor, power, rows, policy in itertools.product(tensor_sizes(where), counts, _ROWS, policies):
         copies = 2**power
         if chips % (copies * tensor):
             continue
         mesh = {"data": where.count * copies, "fsdp": chips // copies // tensor, "tensor": tensor}
-        settings = dataclasses.replace(own, **mesh, batch_size_per_device=rows, remat=remat).keep_rows(own.rows)
+        settings = dataclasses.replace(own, **mesh, batch_size_per_device=rows, **policy).keep_rows(own.rows)
         if rows == 1 or settings.rows <= _MOST_ROWS * own.rows:
             yield settings
 
@@ -213,7 +219,7 @@ def _larger(one: _Candidate, other: _Candidate) -> bool:
     a, b = one.settings, other.settings
     return (
         (a.topology, a.data, a.fsdp, a.tensor) == (b.topology, b.data, b.fsdp, b.tensor)
-        and a.remat in ("none", b.remat)
+        and (a.remat == "none" or (a.remat == b.remat and set(a.keep) >= set(b.keep)))
         and a.batch_size_per_device >= b.batch_size_per_device
         and one.least.used >= other.least.used
     )

@@ -6,11 +6,19 @@ import shlex
 import textwrap
 
 from gemma_xla.plan.report import BOUNDS, aligned
-from gemma_xla.plan.tune import Row, Tuning, describe
+from gemma_xla.plan.tune import Row, Tuning, describe, remat
 from gemma_xla.plan.units import count, gib
 
 # Of the settings' keys, those that tuning changes.
-_TUNED = ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.batch_size_per_device", "train.grad_accum", "train.remat")
+_TUNED = (
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "train.batch_size_per_device",
+    "train.grad_accum",
+    "train.remat",
+    "train.keep",
+)
 
 _WIDTH = 120
 _SPEED = ("step s", "MFU", "tok/s/chip", "tok/dollar")
@@ -53,7 +61,7 @@ def _table(tuning: Tuning) -> list[str]:
         use = f"{gib(memory.used)}/{gib(memory.available)}"
         mark = "best" if row is tuning.winner else "" if row.plan.compiled else "bounds"
         mesh, batch = f"{s.data}x{s.fsdp}x{s.tensor}", f"{s.batch_size_per_device}x{s.grad_accum}"
-        table.append([s.topology, mesh, batch, s.remat, f"{s.rows:,}", use, over, *_speed(row), mark])
+        table.append([s.topology, mesh, batch, remat(s), f"{s.rows:,}", use, over, *_speed(row), mark])
     notes = (
         "mesh: data x fsdp x tensor; batch: rows per device x micro-batches; rows: sequences per step. MFU is causal. "
         "All times are ESTIMATES, nothing was measured."

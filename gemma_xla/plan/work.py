@@ -40,6 +40,7 @@ def work_out(setup: Setup, progress: Progress, timeout: float) -> tuple[Plan, li
     Raises:
         UserError: the run would refuse to start, or the compiler failed (`PlanError`).
     """
+    setup = setup.resolved()
     if not all(find_spec(name) for name in ("jax", "jaxlib", "libtpu", "torch_xla")):
         check(setup)
         note = f"the TPU compiler is not installed; for an estimate: {_install_line()}"
@@ -126,6 +127,7 @@ def _plan(
         "batch_size_per_device": setup.micro_batch_rows // hardware.slice_mesh.batch_shards,
         "grad_accum": config.train.grad_accum,
         "remat": config.train.remat,
+        "keep": ", ".join(f"{name}: {count}" for name, count in config.train.keep.items()),
         "layers": config.train.layers,
         "attention": config.model.attention,
         "compute_dtype": setup.dtype_name,

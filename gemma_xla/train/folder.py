@@ -153,6 +153,11 @@ class RunFolder:
         if not self.local:
             copy_tree(self.work, self.path)
 
+    def publish_tensorboard(self) -> None:
+        """Copy what TensorBoard reads, so that it can be watched during the run."""
+        if not self.local and (self.work / "tensorboard").exists():
+            copy_tree(self.work / "tensorboard", self.path / "tensorboard")
+
     def fetch_tokenizer(self) -> None:
         """Bring the tokenizer of an earlier start, or of another host, here."""
         if not self.local and (self.path / "tokenizer" / "tokenizer.json").exists():

@@ -83,20 +83,20 @@ class MetricsLog:
         self._written = 0 if enabled else None
         self._failing: set[str] = set()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not enabled, dynamic_ncols=True)
-        self._attempt("metrics", self._rewrite)
+        self.attempt("metrics", self._rewrite)
 
     def write(self, record: dict[str, float]) -> None:
         """Record figures of a step; ``record`` holds "step"."""
         self.records.append(record)
         if self.enabled and is_local(self.path):
-            self._attempt("metrics", self._append)
+            self.attempt("metrics", self._append)
         figures = {k: v for k, v in record.items() if k != "step"}
-        self._attempt("trackers", lambda: self.accelerator.log(figures, step=int(record["step"])))
+        self.attempt("trackers", lambda: self.accelerator.log(figures, step=int(record["step"])))
 
     def flush(self) -> None:
         """Bring the file up to date where lines cannot be added to it one by one."""
         if self.enabled and not is_local(self.path):
-            self._attempt("metrics", self._rewrite)
+            self.attempt("metrics", self._rewrite)
 
     def advance(self, record: dict[str, float]) -> None:
         """Move the bar to a step just finished."""
@@ -114,7 +114,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self.flush()
-        self._attempt("trackers", self.accelerator.end_training)
+        self.attempt("trackers", self.accelerator.end_training)
         self.bar.close()
 
     def _rewrite(self) -> None:
@@ -131,7 +131,7 @@ class MetricsLog:
             file.write("".join(json.dumps(r) + "\n" for r in self.records[self._written :]))
         self._written = len(self.records)
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+    def attempt(self, what: str, action: Callable[[], None]) -> None:
         """A full disk or a tracker's server must not end a run: what could not be written is tried again later."""
         try:
             action()

@@ -20,7 +20,7 @@ from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.model.int8 import Int8, int8_linear
 from gemma_xla.model.kept import kept
-from gemma_xla.model.layers import RMSNorm
+from gemma_xla.model.layers import GemmaAttention, GemmaMLP, RMSNorm
 from gemma_xla.model.lora import LoraLinear, is_adapter
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
 
@@ -38,7 +38,7 @@ def parallelize(
         dtype: the compute dtype of matrices; norms keep the dtype they are stored in.
     """
     _constrain_activations(model, backend)
-    _fence_products(model, backend)
+    _suit_compiler(model, backend)
     # While layers are scanned, the first one stands for all: their specs are equal.
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}."
@@ -172,8 +172,15 @@ def _constrain_activations(model: Gemma, backend: Backend) -> None:
                 module.register_forward_hook(lambda _m, _args, out, spec=spec: backend.constrain(out, spec, spec))
 
 
-def _fence_products(model: Gemma, backend: Backend) -> None:
-    """Keep the norms' backward pass out of the matrix products before it, which a TPU does slower with it inside."""
+def _suit_compiler(model: Gemma, backend: Backend) -> None:
+    """Say what a compiler does not find by itself: nothing of the results changes."""
     for module in model.modules():
+        if isinstance(module, GemmaMLP):
+            module.gated = backend.gated_gelu
+        if isinstance(module, GemmaAttention):
+            for projection in (module.q_proj, module.k_proj):
+                # As attention wants them: turned by their positions the other way round, they are copied in float32.
+                projection.register_forward_hook(lambda _m, _args, out: backend.in_rows(out))
         if isinstance(module, RMSNorm):
+            # Keeps its backward pass out of the matrix product before it, which a TPU does slower with it inside.
             module.register_forward_hook(lambda _m, _args, out: backend.fence_gradient(out))

@@ -113,9 +113,10 @@ class Trainer:
         self.saver.save(self.step, self._tensors(), state, self._kept())
         if self.run.is_main:
             self.log.flush()
+            self.log.attempt("TensorBoard's files", self.run.folder.publish_tensorboard)
 
     def _build(self) -> None:
-        run, section, attention = self.run, self.config.train, self.config.model.attention
+        run, section = self.run, self.config.train
         reader = CheckpointReader(run.newest.folder) if run.newest else None
         saved = stored(reader, self.backend, "model/") if reader else None
         if self.config.lora:
@@ -126,10 +127,8 @@ class Trainer:
             make = stored(run.weights, self.backend)
         else:
             make = initial(run.model_config, self.backend, self.config.seed)
-        if attention == "auto":
-            attention = self.backend.attention(run.model_config.head_dim, self.config.data.seq_len)
         self.model, self.specs = build_model(
-            run.model_config, self.backend, make, attention, self.config.lora, run.compute_dtype
+            run.model_config, self.backend, make, run.attention, self.config.lora, run.compute_dtype
         )
         self.optimizer = build_optimizer(self.model, self.specs, self.backend, section.optimizer)
         self.backend.seed(self.config.seed)

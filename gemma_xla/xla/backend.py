@@ -23,9 +23,9 @@ from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import splash_takes
 from gemma_xla.model.int8 import Dims
-from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
+from gemma_xla.sharding import AXES, MeshShape, Spec, check_slices, resolve_mesh
 from gemma_xla.xla.attention import use_splash
-from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, by_positions, scan_layers
+from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, InRows, MeshLayout, by_positions, scan_layers
 from gemma_xla.xla.int8 import int8_dot
 from gemma_xla.xla.tpu import is_for_tpu
 
@@ -53,7 +53,9 @@ class XlaBackend(Backend):
                 f"{started} processes were started, but PyTorch/XLA drives all devices of a host from one; start one "
                 "per host, or start with USE_TORCH_XLA=0 to do without PyTorch/XLA"
             )
-        self._lay_out(resolve_mesh(section, num_devices))
+        mesh = resolve_mesh(section, num_devices)
+        check_slices(mesh, _slices())
+        self._lay_out(mesh)
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
         if self.process_count > 1:
@@ -133,6 +135,12 @@ class XlaBackend(Backend):
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         return Fence.apply(tensor)
 
+    def in_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        return InRows.apply(tensor, self.mesh) if is_for_tpu() and self.mesh.tensor == 1 else tensor
+
+    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return GatedGelu.apply(gate, up)
+
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
         return int8_dot(left, right, dims, self.mesh)
 
@@ -206,6 +214,13 @@ class XlaBackend(Backend):
     def compilations(self) -> int:
         data = met.metric_data("CompileTime")
         return data[0] if data else 0
+
+
+def _slices() -> list[int]:
+    """The slice that each device is in, in the order of their numbers."""
+    devices = xr.global_runtime_device_attributes()
+    devices.sort(key=lambda device: int(device["name"].rpartition(":")[2]))
+    return [device.get("slice_index", 0) for device in devices]
 
 
 def result_when_ready(tensor: torch.Tensor) -> Callable[[], tuple[list[float], float]]:

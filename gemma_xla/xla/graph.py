@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ from torch import nn
 from torch_xla.experimental.scan import _scan_impl_flat
 
 from gemma_xla.model.attention import Mask
-from gemma_xla.model.kept import Kept, Noting, Replaying, using
+from gemma_xla.model.kept import Kept, Noting, Replaying, kept, using
 from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import BATCH, MeshShape, Spec
+from gemma_xla.xla.tpu import in_rows
 from gemma_xla.xla.unfilled import Unfilled
 
 
@@ -80,6 +82,49 @@ class Fence(torch.autograd.Function):
         return _fenced(grad)
 
 
+class GatedGelu(torch.autograd.Function):
+    """``gelu(gate) * up``, and where that is found the factors of its gradient too, in float32.
+
+    There the product that gives ``up`` hides them. Left to itself, the compiler finds both where they are used: the
+    result once for each tile of the next product, the factors in passes of their own.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        out, *factors = kept().compute("gated", lambda: _gated(gate, up))
+        ctx.save_for_backward(*factors)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_gate, by_up = ctx.saved_tensors
+        return grad * by_gate, grad * by_up
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, up_f32 = gate.float(), up.float()
+    tanh = torch.tanh(_TANH_SCALE * (x + _CUBIC * x * x * x))
+    slope = _TANH_SCALE * (1 + 3 * _CUBIC * x * x)
+    gelu = 0.5 * x * (1 + tanh)
+    gelu_grad = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope
+    return _fenced((gelu * up_f32).to(up.dtype)), _fenced((gelu_grad * up_f32).to(up.dtype)), gelu.to(up.dtype)
+
+
+class InRows(torch.autograd.Function):
+    """A tensor and its gradient with the last dimension side by side in memory (`gemma_xla.xla.tpu.in_rows`)."""
+
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mesh = mesh
+        return in_rows(x, mesh)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return in_rows(grad, ctx.mesh), None
+
+
+# Of gelu's tanh form (arXiv:1606.08415).
+_TANH_SCALE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 # A sine of all positions of a row at once is a third of a million instructions, and half a minute of compilation.
 _POSITIONS = 512
 
@@ -111,13 +156,14 @@ def scan_layers(
             how many of the first layers. Layers that keep the same are one loop.
     """
     constants = [x for x in (cos, sin, segment_ids_BT) if x is not None]
+    mesh = MeshShape(*xs.get_global_mesh().mesh_shape)
     names = [name for name, _ in layers[0].named_parameters()]
     per_layer = [dict(layer.named_parameters()) for layer in layers]
     ends = sorted({min(count, len(layers)) for count in kept.values()} | {len(layers)})
     for start, end in zip([0, *ends], ends, strict=False):
         stacked = [torch.stack([parameters[name] for parameters in per_layer[start:end]]) for name in names]
         keeps = frozenset(name for name, count in kept.items() if count > start)
-        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled())
+        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled(), mesh)
         h_BTD = _Layers.apply(loop, h_BTD, *constants, *stacked)
     return h_BTD
 
@@ -129,6 +175,7 @@ class _Loop:
     kept: frozenset[str]
     num_constants: int
     has_backward: bool
+    mesh: MeshShape
 
     def split(self, tensors):
         return tensors[: self.num_constants], tensors[self.num_constants :]
@@ -156,7 +203,8 @@ class _Layers(torch.autograd.Function):
             if not loop.has_backward:
                 return [out, *constants], []
             values = [value for name in noted[-1].values for value in noted[-1].values[name]]
-            return [out, *constants], [h * 1, *values]
+            # As the backward loop wants it: otherwise the inputs of all layers are laid out anew between the loops.
+            return [in_rows(out, loop.mesh), *constants], [h * 1, *values]
 
         with Unfilled() as buffers:
             (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], list(stacked))

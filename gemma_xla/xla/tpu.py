@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
 import torch_xla
+import torch_xla.core.xla_builder as xb
 import torch_xla.runtime as xr
 
 from gemma_xla.chips import Chip, topology
 from gemma_xla.errors import UserError
-from gemma_xla.sharding import AXES, MeshShape
+from gemma_xla.sharding import AXES, BATCH, MeshShape
 
 # Shape and type of each argument.
 Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -65,6 +67,36 @@ def over_mesh(function: Callable, mesh: MeshShape, inputs: tuple, outputs: tuple
         return function
     devices = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
     return jax.shard_map(function, mesh=devices, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def in_rows(x: torch.Tensor, mesh: MeshShape, *, last: int = -1, split: bool = True) -> torch.Tensor:
+    """Return a tensor with dimension ``last`` as its last one, side by side in memory whatever the compiler prefers.
+
+    Args:
+        x: a tensor; on other devices than TPUs it is laid out as they like.
+        mesh: the devices.
+        last: a dimension.
+        split: whether the first dimension is split over the batch's devices; if not, each has it all.
+    """
+    last %= x.dim()
+    if not is_for_tpu():
+        return x.movedim(last, -1)
+    computation = _to_rows(tuple(x.shape), x.dtype, last, split, mesh)
+    return torch_xla._XLAC._xla_user_computation("gemma_xla::in_rows", [x], computation)[0]
+
+
+@functools.cache
+def _to_rows(shape: tuple[int, ...], dtype: torch.dtype, last: int, split: bool, mesh: MeshShape):
+    from jax.experimental.layout import Layout, with_layout_constraint
+    from jax.numpy import moveaxis
+    from jax.sharding import PartitionSpec
+
+    def to_rows(x):
+        return with_layout_constraint(moveaxis(x, last, -1), Layout(tuple(range(len(shape)))))
+
+    axes = PartitionSpec(BATCH if split else None, *(None for _ in shape[1:]))
+    hlo = lower_for_tpu(over_mesh(to_rows, mesh, (axes,), axes), ((shape, dtype),))
+    return xb.computation_from_module_proto("in_rows", hlo)
 
 
 def lower_for_tpu(function: Callable, signature: Signature) -> bytes:

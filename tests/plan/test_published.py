@@ -10,7 +10,6 @@ from gemma_xla.chips import CHIPS, topology
 from gemma_xla.errors import UserError
 from gemma_xla.plan.published import (
     PUBLISHED,
-    QUESTIONS,
     ask,
     baseline_emfu,
     relative_performance_per_dollar,
@@ -46,42 +45,45 @@ def test_the_ratio_follows_the_prices_and_nothing_published_exceeds_it():
     )
     # 459 / 197 times the peak at 4.20 / 1.20 times the price.
     assert relative_performance_per_dollar(0.7, V5P, 5.07) == pytest.approx(3.09286 * 459 / 197 / 3.5, rel=1e-5)
-    best = max(relative_performance_per_dollar(row.emfu, topology(row.slice).chip) for row in PUBLISHED)
+    best = max(relative_performance_per_dollar(row.mfu, topology(row.slice).chip) for row in PUBLISHED)
     assert round(best) == 3
     with pytest.raises(UserError, match="price"):
         relative_performance_per_dollar(0.7, V5E.with_price(0.0))
 
 
 def test_questions_name_files_and_slices_that_exist():
-    assert [(model, name) for model, name, _ in QUESTIONS] == [(row.model, row.slice) for row in PUBLISHED]
-    for model, name, config in QUESTIONS:
-        assert topology(name).num_chips in (64, 256)
-        assert f"preset: {model}" in (ROOT / config).read_text(encoding="utf-8")
+    for row in PUBLISHED:
+        assert topology(row.slice).num_chips in (64, 256)
+        assert f"preset: {row.model}" in (ROOT / row.config).read_text(encoding="utf-8")
+    assert len({row.key for row in PUBLISHED}) == len(PUBLISHED) == 8
 
 
-def test_each_question_is_asked_of_its_own_slice():
+def test_each_question_is_asked_of_its_own_slice_and_precision():
     asked = []
-    plans = ask(lambda setup, path: asked.append((setup, path)) or make_plan(), ["train.precision=int8"])
-    assert list(plans) == [(model, slice_) for model, slice_, _ in QUESTIONS]
-    assert [(setup.hardware.name, path) for setup, path in asked] == [(slice_, path) for _, slice_, path in QUESTIONS]
-    assert all(setup.config.train.precision == "int8" for setup, _ in asked)
+    plans = ask(lambda setup, path: asked.append((setup, path)) or make_plan(), ["train.loss_chunk=1024"])
+    assert list(plans) == [row.key for row in PUBLISHED]
+    found = [(setup.hardware.name, setup.config.train.precision, path) for setup, path in asked]
+    assert found == [(row.slice, row.precision, row.config) for row in PUBLISHED]
+    assert all(setup.config.train.loss_chunk == 1024 for setup, _ in asked)
 
 
 def cells(text: str) -> list[list[str]]:
-    """The table's four rows."""
+    """The table's eight rows."""
     return [line.split() for line in text.splitlines() if line.strip().startswith("gemma-")]
 
 
 def test_table_row_of_a_plan_that_fits():
     plan = make_plan()
-    text = table({("gemma-2b", "v5e-256"): plan}, {"v5e": 1.20, "v5p": 4.20}, 5.07)
+    text = table({("gemma-2b", "v5e-256", "default"): plan}, {"v5e": 1.20, "v5p": 4.20}, 5.07)
     rows = cells(text)
     # Ours: 0.6213 / 0.58 of the published row's 2.5627.
     ours = ["0.621", "0.624", "0.561", "1.249"]
-    assert rows[0] == ["gemma-2b", "v5e-256", "0.58", "0.64", *ours, "2.56x", "2.83x", "2.75x", "yes"]
-    assert " ".join(rows[1]) == "gemma-7b v5e-256 0.58 0.70 - 0.632 - - 2.56x 3.09x - not planned"
-    assert rows[2][2:4] == ["0.55", "0.68"]
-    assert rows[3][-5:] == ["1.76x", "2.06x", "-", "not", "planned"]
+    assert rows[0] == ["gemma-2b", "v5e-256", "bfloat16", "0.58", *ours, "2.56x", "2.75x", "yes"]
+    assert " ".join(rows[1]) == "gemma-7b v5e-256 bfloat16 0.58 - 0.632 - - 2.56x - not planned"
+    assert rows[2][3] == "0.55"
+    assert rows[3][-4:] == ["1.76x", "-", "not", "planned"]
+    assert rows[4][:4] == ["gemma-2b", "v5e-256", "int8", "0.64"]
+    assert rows[7][3:6] == ["0.70", "-", "0.756"]
     assert "ESTIMATE" in text
     assert "0.621 (2B) and 0.613 (7B)" in text
     assert "https://cloud.google.com/blog/" in text
@@ -90,13 +92,15 @@ def test_table_row_of_a_plan_that_fits():
 
 
 def test_table_gives_no_speed_where_there_is_no_estimate():
-    text = table({("gemma-2b", "v5e-256"): TIGHT, ("gemma-7b", "v5e-256"): UNCOMPILED, ("gemma-2b", "v5p-128"): None})
+    keys = [row.key for row in PUBLISHED]
+    text = table({keys[0]: TIGHT, keys[1]: UNCOMPILED, keys[2]: None})
     rows = cells(text)
-    assert " ".join(rows[0][4:]) == "- 0.624 - - 2.56x 2.83x - 5.15 GiB over"
-    assert " ".join(rows[1][4:]) == "- 0.632 - - 2.56x 3.09x - arithmetic only"
+    assert " ".join(rows[0][4:]) == "- 0.624 - - 2.56x - 5.15 GiB over"
+    assert " ".join(rows[1][4:]) == "- 0.632 - - 2.56x - arithmetic only"
     assert rows[2][-3:] == ["-", "not", "planned"]
 
 
 def test_table_uses_the_catalogues_prices_unless_given_others():
     assert table({}) == table({}, {"v5e": CHIPS["v5e"].price.value})
-    assert cells(table({}, {"v5e": 2.40}))[1][8:10] == ["1.28x", "1.55x"]
+    rows = cells(table({}, {"v5e": 2.40}))
+    assert (rows[1][8], rows[5][8]) == ("1.28x", "1.55x")

@@ -18,7 +18,7 @@ def bars(plans):
 
 
 def test_each_row_has_what_was_published_and_ours_by_its_kind():
-    keys = [(row.model, row.slice) for row in PUBLISHED]
+    keys = [row.key for row in PUBLISHED]
     compiled = make_plan()
     found = bars({keys[0]: compiled, keys[1]: UNCOMPILED, keys[2]: TIGHT, keys[3]: None})
     assert [row[0] for row in found.values()] == [(False, round(100 * row.mfu, 6)) for row in PUBLISHED]
