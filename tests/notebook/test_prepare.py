@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from gemma_xla import notebook
 
-SET = ("USE_TORCH_XLA", "LIBTPU_INIT_ARGS", "TF_CPP_MIN_LOG_LEVEL")
+SET = ("USE_TORCH_XLA", "ACCELERATE_USE_CPU", "LIBTPU_INIT_ARGS", "TF_CPP_MIN_LOG_LEVEL")
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,7 @@ def devices(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(notebook, "_TPU_DEVICES", (f"{tmp_path}/accel[0-9]*",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path
 
 
@@ -42,3 +44,12 @@ def test_a_tpu_is_used_with_the_compilers_settings(devices):
     notebook.prepare()
     assert "USE_TORCH_XLA" not in said()
     assert "--xla_tpu" in said()["LIBTPU_INIT_ARGS"]
+
+
+@pytest.mark.parametrize(("name", "cpu"), [("NVIDIA H200", False), ("Tesla T4", True)])
+def test_a_gpu_is_used_if_its_peak_is_known(monkeypatch, capsys, name, cpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    notebook.prepare()
+    assert said() == {"USE_TORCH_XLA": "0", **({"ACCELERATE_USE_CPU": "1"} if cpu else {})}
+    assert (f"has no {name!r}" in capsys.readouterr().out) == cpu
