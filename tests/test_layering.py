@@ -30,7 +30,7 @@ ORDER = [
     {"flops", "chips"},
     {"config_file"},
     {"config"},
-    {"config_data"},
+    {"config_data", "config_watch"},
     {"config_base"},
     {"tensor_file", "storage", "interrupts"},
     {"errors", "model.config", "tpu_flags"},

@@ -153,6 +153,11 @@ class SampleLog:
         self._records = [r for r in map(json.loads, lines) if r["step"] <= start]
 
     def write(self, step: int, prompts: list[str], completions: list[str]) -> None:
+        """Add the lines of an evaluation; what cannot be written now is written with the next ones.
+
+        Raises:
+            Exception: whatever the file system has to say.
+        """
         pairs = zip(prompts, completions, strict=True)
         self._records += [{"step": step, "prompt": prompt, "completion": text} for prompt, text in pairs]
         replace_text(self._path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._records))

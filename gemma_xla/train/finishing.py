@@ -23,6 +23,7 @@ def finish(run: Run) -> None:
         UserError: something could not be written, or not be uploaded (last of all).
     """
     folder, section = run.folder, run.config.export
+    run.watchdog.doing("exporting")
     records = read_metrics(folder.metrics)
     plot(records, folder.work / "curves.png", folder.path.name)
     folder.publish()

@@ -207,6 +207,10 @@ class XlaBackend(Backend):
         data = met.metric_data("CompileTime")
         return data[0] if data else 0
 
+    def compilations_begun(self) -> int:
+        # Counted when a graph is looked for and is not there.
+        return met.counter_value("UncachedCompile") or 0
+
 
 def result_when_ready(tensor: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
     """`Backend.result` for devices that work while the host goes on."""
