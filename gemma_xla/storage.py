@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from gemma_xla.errors import UserError
@@ -23,7 +24,7 @@ Result = TypeVar("Result")
 # Seconds to wait before each further try.
 DELAYS = (1, 2, 4, 8)
 # What waiting does not mend. Not all file systems give their errors a number.
-_LASTING_KINDS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
+_LASTING_KINDS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, EOFError, UserError)
 _LASTING = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
@@ -95,11 +96,13 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
 
-    def remove() -> None:
+    def rest() -> None:
         if folder.exists():
             folder.fs.rm(folder.path, recursive=True)
 
-    persistently(remove, f"removing {folder}")
+    for path in persistently(lambda: folder.fs.find(folder.path), f"listing {folder}"):
+        remove_file(folder / PurePosixPath(path).relative_to(folder.fs._strip_protocol(folder.path)))
+    persistently(rest, f"removing {folder}")
 
 
 def move(source: Path, target: Path) -> None:
@@ -107,8 +110,12 @@ def move(source: Path, target: Path) -> None:
     if is_local(source):
         source.rename(target)
         return
-    # Begun again, it moves what is left.
-    persistently(lambda: source.fs.mv(source.path, target.path, recursive=True), f"moving {source}")
+    files, begin = source.fs, source.path.rstrip("/")
+    # One by one: fsspec's own move, begun again, would put them into a folder of the target.
+    for path in persistently(lambda: files.find(begin), f"listing {source}"):
+        copy = target.path.rstrip("/") + path.removeprefix(files._strip_protocol(begin))
+        persistently(partial(files.cp_file, path, copy), f"moving {source}")
+    remove_tree(source)
 
 
 def copy_tree(source: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gemma_xla.backend import Backend
 from gemma_xla.errors import UserError
-from gemma_xla.storage import move, read_text, reason, remove_file, remove_tree
+from gemma_xla.storage import move, persistently, read_text, reason, remove_file, remove_tree
 
 STATE = "state.json"
 # Raised whenever an older gemma_xla could not read what is written.
@@ -192,19 +192,26 @@ def _numbered(root: Path) -> list[Path]:
 def _check_file(folder: Path, name: str, info: FileInfo, bar: tqdm) -> None:
     if "/" in name or "\\" in name:
         raise CheckpointError(folder, f"{STATE} names {name!r}, which is not in the folder")
-    found, size = xxhash.xxh3_64(), 0
+    path, done = folder / name, bar.n
     try:
-        with (folder / name).open("rb") as file:
-            while block := file.read(_BLOCK):
-                found.update(block)
-                size += len(block)
-                bar.update(len(block))
+        size, found = persistently(lambda: _sum(path, bar, done), f"reading {path}", path)
     except OSError as error:
         raise CheckpointError(folder, f"{name} cannot be read ({reason(error)})") from error
     if size != info.bytes:
         raise CheckpointError(folder, f"{name} is {size:,} bytes long, not {info.bytes:,}")
-    if found.hexdigest() != info.xxh3:
+    if found != info.xxh3:
         raise CheckpointError(folder, f"{name} is damaged: its checksum is not that of what was written")
+
+
+def _sum(path: Path, bar: tqdm, done: int) -> tuple[int, str]:
+    """Size and checksum of a file."""
+    found, size, bar.n = xxhash.xxh3_64(), 0, done
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+            size += len(block)
+            bar.update(len(block))
+    return size, found.hexdigest()
 
 
 def _checksum(state: dict[str, Any]) -> str:

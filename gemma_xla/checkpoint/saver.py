@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread, get_native_id
 from typing import Any, BinaryIO
@@ -109,7 +110,7 @@ class Saver:
             os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
 
         def write() -> None:
-            retried(lambda: write_parts(folder / f"tensors-{index:05d}", held), f"checkpoint {folder}", self.say)
+            write_parts(folder / f"tensors-{index:05d}", held, self.say)
             held.clear()
             if index == 0:
                 summaries = [folder / f"tensors-{host:05d}.sums" for host in range(state["hosts"])]
@@ -180,8 +181,12 @@ class _Summed:
         return {"bytes": self._bytes, "xxh3": self._sum.hexdigest()}
 
 
-def write_parts(stem: Path, held: Held) -> None:
-    """Write one host's files of a checkpoint; the last, ``.sums``, says that the others are whole."""
+def write_parts(stem: Path, held: Held, say: Callable[[str], None]) -> None:
+    """Write one host's files of a checkpoint; the last, ``.sums``, says that the others are whole.
+
+    Args:
+        say: told of each further try to write one.
+    """
     folder, found, index = stem.parent, {}, {}
     for name, (shape, dtype, pieces) in held.items():
         parts = []
@@ -193,12 +198,15 @@ def write_parts(stem: Path, held: Held) -> None:
     # Wider types first, so that each tensor is aligned.
     found = dict(sorted(found.items(), key=lambda item: -item[1].dtype.itemsize))
     entries = {key: Entry(part.dtype, tuple(part.shape)) for key, part in found.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, listing = (folder / f"{stem.name}.{kind}" for kind in ("safetensors", "json"))
-    sums = {
-        tensors.name: _write(tensors, lambda file: write_tensors(file, entries, found.values())),
-        listing.name: _write(listing, lambda file: file.write(INDEX.dump_json(index))),
+    make_folder(folder)
+    writers = {
+        "safetensors": lambda file: write_tensors(file, entries, found.values()),
+        "json": lambda file: file.write(INDEX.dump_json(index)),
     }
+    sums = {}
+    for kind, write in writers.items():
+        path = folder / f"{stem.name}.{kind}"
+        sums[path.name] = retried(partial(_write, path, write), f"checkpoint {folder}", say)
     replace_text(folder / f"{stem.name}.sums", json.dumps(sums))
 
 
