@@ -66,7 +66,7 @@ def test_a_step_that_hangs_ends_the_process_and_shows_where(watch, tmp_path, cap
         assert "usual step 0.01 s, more than 0 s (watch.hang_floor)" in shown
         # The very line where this thread waits.
         assert re.search(r'test_watchdog.py", line \d+ in wait\n', shown)
-    assert err.rstrip().endswith("start again to continue from the newest (exit code 4)")
+    assert err.rstrip().endswith("start again to continue from it (exit code 4)")
     assert str(tmp_path / "hang-0.txt") in err
 
 
@@ -74,7 +74,8 @@ def test_a_folder_that_is_not_there_keeps_nothing_from_ending(watch, tmp_path, c
     watched = watch(path=tmp_path / "not there" / "hang-0.txt", hang_limit=0.4)
     watched.dog.doing("preparing the run")
     assert watched.wait(20)
-    assert "error: hung: preparing the run, " in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "error: hung: preparing the run, " in err and "are above. What was saved is whole" in err
 
 
 def test_stacks_go_to_a_bucket(watch, tmp_path):

@@ -10,8 +10,9 @@ from itertools import islice, pairwise
 FIGURES = ("loss", "grad_norm")
 # Steps that say how much figures scatter, how many there must be, and how many of the latest say what is usual.
 WINDOW, ENOUGH, LATEST = 200, 50, 25
-# The standard deviation of a normal distribution over the median absolute difference of two values of it.
-_DEVIATION = 1.4826 / math.sqrt(2)
+# Of two values of a normal distribution, 95 percent are no farther apart than so many standard deviations. What lies
+# beyond does not count. A median would count less, but gradient norms of small batches have heavy tails.
+_INNER, _DEVIATIONS = 0.95, 1.96 * math.sqrt(2)
 # Figures closer together than this fraction of themselves do not differ in a way worth telling.
 _GRAIN = 0.01
 # What is said of a batch's text, in characters.
@@ -22,8 +23,8 @@ def outlier(value: float, before: Sequence[float]) -> float:
     """By how many standard deviations a figure exceeds those before it.
 
     Of the logarithms, as gradient norms are skewed. What is usual is the median of the latest; how much they scatter
-    is the median of the differences from one to the next, which a fall of all of them hardly moves. Nor do earlier
-    spikes move medians (Hampel, JASA 69, 1974).
+    is the 95th percentile of the differences from one to the next, which a fall of all of them hardly moves. Nor do
+    one or two earlier spikes in a hundred steps move either (Hampel, JASA 69, 1974).
 
     Args:
         value: not negative.
@@ -31,7 +32,8 @@ def outlier(value: float, before: Sequence[float]) -> float:
     """
     logs = [_log(figure) for figure in before]
     middle = statistics.median(logs[-LATEST:])
-    spread = _DEVIATION * statistics.median(abs(b - a) for a, b in pairwise(logs))
+    differences = sorted(abs(b - a) for a, b in pairwise(logs))
+    spread = differences[int(_INNER * len(differences))] / _DEVIATIONS
     return (_log(value) - middle) / max(spread, _GRAIN)
 
 

@@ -154,12 +154,14 @@ class Watchdog:
 
     def _hung(self, text: str) -> None:
         """Write down where each thread is, and end the process at once: what hangs cannot be ended cleanly."""
+        kept = ""
         with contextlib.suppress(Exception):
             self._write_stacks(text)
+            kept = f" and in {self.path}"
         faulthandler.dump_traceback(file=_stderr(), all_threads=True)
         message = (
-            f"error: {text}; the stacks of all threads are above and in {self.path}. The checkpoints are whole: start "
-            f"again to continue from the newest (exit code {HUNG})\n"
+            f"error: {text}; the stacks of all threads are above{kept}. What was saved is whole: start again to "
+            f"continue from it (exit code {HUNG})\n"
         )
         with contextlib.suppress(OSError):
             os.write(_stderr(), message.encode())
