@@ -222,6 +222,19 @@ def test_a_process_that_was_stopped_has_not_hung(tmp_path):
     assert process.returncode == HUNG
 
 
+def test_nothing_is_expected_between_two_things(watch):
+    watched = watch(hang_limit=0.4)
+    with watched.dog.during("preparing the run"):
+        watched.dog.progress()
+    assert not watched.wait(1.5)
+    assert watched.said == []
+    with pytest.raises(ValueError), watched.dog.during("exporting"):
+        raise ValueError
+    assert not watched.wait(1.0)
+    watched.dog.doing("exporting")
+    assert watched.wait(20)
+
+
 def test_closing_ends_the_thread_and_the_timer(watch):
     watched = watch(hang_limit=0.5)
     watched.dog.close()

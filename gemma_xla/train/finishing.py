@@ -22,8 +22,12 @@ def finish(run: Run) -> None:
     Raises:
         UserError: something could not be written, or not be uploaded (last of all).
     """
+    with run.watchdog.during("exporting"):
+        _finish(run)
+
+
+def _finish(run: Run) -> None:
     folder, section = run.folder, run.config.export
-    run.watchdog.doing("exporting")
     records = read_metrics(folder.metrics)
     plot(records, folder.work / "curves.png", folder.path.name)
     folder.publish()

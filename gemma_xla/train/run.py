@@ -47,9 +47,9 @@ class Run:
         self.config = config
         self.folder = RunFolder(config.output_dir)
         self.watchdog = Watchdog(config.watch, self.folder.hang(0), self.say)
-        self.watchdog.doing("preparing the run")
         try:
-            self._prepare()
+            with self.watchdog.during("preparing the run"):
+                self._prepare()
         except BaseException:
             self.close()
             raise

@@ -36,7 +36,11 @@ class Trainer:
         self.config = run.config
         self.backend = run.backend
         self.watchdog = run.watchdog
-        self.watchdog.doing("building the model" if run.newest is None else "bringing the newest checkpoint back")
+        with self.watchdog.during("building the model" if run.newest is None else "bringing the checkpoint back"):
+            self._prepare()
+
+    def _prepare(self) -> None:
+        run = self.run
         self.rows = run.micro_batch_rows * self.config.train.grad_accum
         self.train_loader = TrainLoader(run.corpus, run.tokenizer, num_rows=self.rows, rows=self._share(self.rows))
         self.meter = Meter(run.flops, run.chip, run.num_chips, self.rows * self.config.data.seq_len)
@@ -56,6 +60,10 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM came; the step that was under way is done and saved.
             TrainingError: the loss is no longer a number, or the last checkpoint could not be written.
         """
+        with self.watchdog.during("beginning"):
+            return self._fit()
+
+    def _fit(self) -> dict[str, float]:
         section = self.config.checkpoint
         self.log = MetricsLog(
             self.run.folder.metrics,

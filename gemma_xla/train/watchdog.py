@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,9 @@ class Activity(NamedTuple):
     is_step: bool = False
     # Compilations begun until then.
     compiled: int = 0
+
+
+_RESTING = Activity("nothing")
 
 
 class Limit(NamedTuple):
@@ -74,7 +77,7 @@ class Watchdog:
         self.usual: float | None = None
         self._times: deque[float] = deque(maxlen=_LATEST)
         # A new object at each sign of progress. The run's thread alone replaces it, the watching one looks at it.
-        self._activity = Activity("starting")
+        self._activity: Activity = _RESTING
         self._closed = threading.Event()
         self._arm()
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
@@ -83,6 +86,18 @@ class Watchdog:
     def doing(self, name: str) -> None:
         """The run begins something that has no usual time."""
         self._activity = Activity(name)
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """What the run is `doing` in this block, after which nothing is expected of it for a while.
+
+        A notebook may keep a run between two cells for as long as it likes.
+        """
+        self.doing(name)
+        try:
+            yield
+        finally:
+            self._activity = _RESTING
 
     def step(self, number: int) -> None:
         """The run begins a step."""
@@ -120,7 +135,7 @@ class Watchdog:
             if now - armed > 10 * tick:
                 self._arm()
                 armed = now
-            if self._activity is not seen:
+            if self._activity is not seen or seen is _RESTING:
                 seen, waited, told = self._activity, 0.0, 0.0
             # The process itself may have been stopped, or a debugger be attached: that is not waiting.
             waited, before = waited + min(now - before, 5 * tick), now
