@@ -32,7 +32,7 @@ PLACES = {
     "data": (TrainLoader, "__next__", 9),
     "step": (TrainStep, "__call__", 9),
     "evaluation": (Evaluator, "figures", 1),
-    "saving": (Saver, "wait", 3),
+    "saving": (Saver, "wait", 2),
     "building": (TrainStep, "__init__", 1),
 }
 
