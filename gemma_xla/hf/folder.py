@@ -94,7 +94,8 @@ def whole_or_nothing(out: Path, kind: Kind = MODEL) -> Iterator[Path]:
         with contextlib.suppress(Exception):
             remove_tree(partial)
         # The errors of a bucket have types of their own.
-        if isinstance(error, OSError) or not (is_local(out) or isinstance(error, UserError | ValueError)):
+        of_bucket = not is_local(out) and isinstance(error, Exception) and not isinstance(error, UserError | ValueError)
+        if of_bucket or isinstance(error, OSError):
             raise UserError(
                 f"{out}: {reason(error)}; make room, or export to another folder that you may write to: nothing was "
                 "exported"
