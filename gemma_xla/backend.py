@@ -208,6 +208,10 @@ class Backend:
         """Graphs compiled so far by this process."""
         return 0
 
+    def compilations_begun(self) -> int:
+        """A number that grows when a compilation begins; any thread may ask."""
+        return 0
+
 
 def sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The square of the norm of all tensors together, a float32 scalar."""

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gemma_xla.config_base import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section, Text
 from gemma_xla.config_data import DataSection
+from gemma_xla.config_watch import WatchSection
 from gemma_xla.errors import UserError, nearest
 from gemma_xla.model.config import ACTIVATIONS, INT8_PRODUCTS, LORA_TARGETS
 
@@ -275,4 +276,5 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     log: LogSection = LogSection()
+    watch: WatchSection = WatchSection()
     hardware: HardwareSection = HardwareSection()

@@ -22,6 +22,12 @@ class TrainingError(UserError):
     exit_code = 3
 
 
+class LostProcessError(TrainingError):
+    """Another process of the run is gone."""
+
+    exit_code = 5
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the valid name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(valid), n=1)

@@ -1,4 +1,7 @@
-"""Files wherever they are: local paths, and URLs of any file system that fsspec knows, such as gs:// and s3://."""
+"""Files wherever they are: local paths, and URLs of any file system that fsspec knows, such as gs:// and s3://.
+
+What is done at a URL may fail for a moment: everything here can be repeated, and is (`persistently`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from gemma_xla.errors import UserError
@@ -18,8 +23,8 @@ Result = TypeVar("Result")
 
 # Seconds to wait before each further try.
 DELAYS = (1, 2, 4, 8)
-# What waiting does not mend.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# What waiting does not mend. Not all file systems give their errors a number.
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, EOFError, UserError)
 _LASTING_CODES = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
@@ -60,7 +65,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a small file that is never seen half-written."""
     if not is_local(path):
         # Objects appear when they are whole.
-        path.write_text(text, encoding="utf-8")
+        persistently(lambda: path.write_text(text, encoding="utf-8"), f"writing {path}")
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -84,31 +89,66 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_file(path: Path) -> None:
+    """Delete a file, if it is there."""
+    persistently(lambda: path.unlink(missing_ok=True), f"removing {path}", path)
+
+
 def remove_tree(folder: Path) -> None:
     """Delete a folder and what it holds, if it is there."""
     if is_local(folder):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.fs.rm(folder.path, recursive=True)
+        return
+
+    def rest() -> None:
+        if folder.exists():
+            folder.fs.rm(folder.path, recursive=True)
+
+    for path in persistently(lambda: folder.fs.find(folder.path), f"listing {folder}"):
+        remove_file(folder / PurePosixPath(path).relative_to(folder.fs._strip_protocol(folder.path)))
+    persistently(rest, f"removing {folder}")
 
 
 def move(source: Path, target: Path) -> None:
     """Move a folder to a free name of the same file system."""
     if is_local(source):
         source.rename(target)
-    else:
-        source.fs.mv(source.path, target.path, recursive=True)
+        return
+    files, begin = source.fs, source.path.rstrip("/")
+    # One by one: fsspec's own move, begun again, would put them into a folder of the target.
+    for path in persistently(lambda: files.find(begin), f"listing {source}"):
+        copy = target.path.rstrip("/") + path.removeprefix(files._strip_protocol(begin))
+        persistently(partial(files.cp_file, path, copy), f"moving {source}")
+    remove_tree(source)
 
 
 def copy_tree(source: Path, target: Path) -> None:
     """Copy the files of a folder, and of the folders in it, into another that may be elsewhere."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
+    make_folder(target)
+    for path in persistently(lambda: list(source.iterdir()), f"listing {source}", source):
         if path.is_dir():
             copy_tree(path, target / path.name)
-            continue
-        with path.open("rb") as read, (target / path.name).open("wb") as write:
+        else:
+            copy_file(path, target / path.name)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, a piece at a time."""
+
+    def copy() -> None:
+        with source.open("rb") as read, target.open("wb") as write:
             shutil.copyfileobj(read, write, 1 << 20)
+
+    persistently(copy, f"copying {source}", source, target)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where they are missing."""
+    persistently(lambda: folder.mkdir(parents=True, exist_ok=True), f"making {folder}", folder)
+
+
+def read_text(path: Path) -> str:
+    return persistently(lambda: path.read_text(encoding="utf-8"), f"reading {path}", path)
 
 
 @contextlib.contextmanager
@@ -121,6 +161,13 @@ def fetched(folder: Path) -> Iterator[Path]:
         local = Path(parent) / folder.name
         copy_tree(folder, local)
         yield local
+
+
+def persistently(action: Callable[[], Result], what: str, *paths: Path) -> Result:
+    """Return ``action()``, `retried` where one of the paths is a URL (or none is given), and else as it comes."""
+    if paths and all(map(is_local, paths)):
+        return action()
+    return retried(action, what, _tell)
 
 
 def retried(action: Callable[[], Result], what: str, say: Callable[[str], None]) -> Result:
@@ -156,3 +203,10 @@ def reason(error: BaseException) -> str:
         text = os.strerror(errno.ENOENT)
     text = (text or str(error)).strip().partition("\n")[0]
     return text or type(error).__name__
+
+
+def _tell(text: str) -> None:
+    from tqdm import tqdm  # plain PyTorch does without
+
+    # Above a bar, where there is one.
+    tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from gemma_xla.errors import UserError
-from gemma_xla.storage import reason
+from gemma_xla.storage import persistently, reason
 
 Index = tuple[slice, ...]
 
@@ -109,9 +109,13 @@ class TensorFile:
             return
         if not entry.shape:
             entry, index, out = Entry(entry.dtype, (1,)), (slice(0, 1),), out[None]
-        try:
+
+        def fill() -> None:
             with self.path.open("rb") as file:
                 _fill(file, self._starts[name], entry, index, out.detach())
+
+        try:
+            persistently(fill, f"reading {self.path}", self.path)
         except (OSError, EOFError) as error:
             raise _unreadable(self.path, error) from error
 

@@ -320,10 +320,10 @@ def test_another_host_that_fails_makes_the_checkpoint_fail(tmp_path, tensors, mo
     savers = [saver(tmp_path, Host(i, tensors, barrier), say=said[i].append) for i in range(2)]
     plain = saver_module.write_parts
 
-    def fails_on_the_second(stem, held):
+    def fails_on_the_second(stem, held, say):
         if stem.name.endswith("1"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(stem, held)
+        plain(stem, held, say)
 
     monkeypatch.setattr(saver_module, "write_parts", fails_on_the_second)
     threads = [threading.Thread(target=one.save, args=(1, tensors, {})) for one in savers]

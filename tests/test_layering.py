@@ -31,7 +31,7 @@ ORDER = [
     {"flops", "chips"},
     {"config_file"},
     {"config"},
-    {"config_data"},
+    {"config_data", "config_watch"},
     {"config_base"},
     {"tensor_file", "storage", "interrupts", "drawing"},
     {"errors", "model.config", "tpu_flags"},

@@ -180,10 +180,10 @@ def test_a_full_disk_does_not_end_a_run(tiny_config, tmp_path, monkeypatch, caps
 
     plain, calls = saver.write_parts, itertools.count(1)
 
-    def full(stem, held):
+    def full(stem, held, say):
         if next(calls) in (2, 3):
             raise OSError(28, "No space left on device")
-        plain(stem, held)
+        plain(stem, held, say)
 
     monkeypatch.setattr(saver, "write_parts", full)
     fit(tiny_config(tmp_path / "run", *SETTINGS, "train.steps=12"))

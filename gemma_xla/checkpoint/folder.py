@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gemma_xla.backend import Backend
 from gemma_xla.errors import UserError
-from gemma_xla.storage import move, reason, remove_tree
+from gemma_xla.storage import move, persistently, read_text, reason, remove_file, remove_tree
 
 STATE = "state.json"
 # Raised whenever an older gemma_xla could not read what is written.
@@ -70,7 +70,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: another version of gemma_xla wrote it.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_text(folder / STATE))
         _Sealed.model_validate(state)
     except (OSError, ValueError) as error:
         problem = "it was not written by gemma_xla" if isinstance(error, ValidationError) else reason(error)
@@ -99,7 +99,9 @@ def check(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     files = {name: FileInfo(**info) for name, info in sorted(state["files"].items())}
     mine = list(files.items())[share[0] :: share[1]]
     total = sum(info.bytes for _, info in mine)
-    with tqdm(total=total, desc=f"checking {folder.name}", unit="B", unit_scale=True, leave=False, delay=3) as bar:
+    # disable=None: no bar when the output is not a terminal.
+    shown = {"desc": f"checking {folder.name}", "leave": False, "delay": 3, "disable": None}
+    with tqdm(total=total, unit="B", unit_scale=True, **shown) as bar:
         for name, info in mine:
             _check_file(folder, name, info, bar)
     return state
@@ -114,7 +116,9 @@ class Newest(NamedTuple):
 
 
 def newest(root: Path, say: Callable[[str], None], backend: Backend | None = None) -> Newest | None:
-    """Return the newest checkpoint that is whole; None if there is none at all.
+    """Return the newest checkpoint that is whole, the same on all hosts; None if there is none at all.
+
+    One that a host does not see is not whole.
 
     Args:
         root: a run's folder of checkpoints.
@@ -125,21 +129,26 @@ def newest(root: Path, say: Callable[[str], None], backend: Backend | None = Non
         UserError: there are some, and none of them is whole.
     """
     backend = backend or Backend(torch.device("cpu"))
-    found, damaged = complete(root), []
+    # By all hosts, or they would speak of different ones.
+    seen = backend.gather_objects([step_of(folder) for folder in complete(root)])
+    steps = {step for host in seen for step in host}
+    found, damaged = [root / folder_name(step) for step in sorted(steps)], []
     for folder in reversed(found):
         try:
             problem, state = None, check(folder, (backend.process_index, backend.process_count))
         except CheckpointError as error:
-            problem, state = str(error), {}
+            host = f" (host {backend.process_index})" if backend.process_count > 1 else ""
+            problem, state = f"{error}{host}", {}
         problems = [text for text in backend.gather_objects(problem) if text]
         if not problems:
             return Newest(folder, state, damaged)
         say(f"warning: {problems[0]}; trying the one before it")
         damaged.append(folder)
     if found:
+        shared = " that all hosts share" if backend.process_count > 1 else ""
         raise UserError(
             f"{root}: none of its {len(found)} checkpoint(s) is whole; restore one from a copy, or choose another "
-            f"output_dir to start anew: {problems[0]}"
+            f"output_dir{shared} to start anew: {problems[0]}"
         )
     return None
 
@@ -154,7 +163,7 @@ def prune(root: Path, keep_last: int, keep_every: int, keep: int | None = None) 
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint. What a kill leaves of it does not count as one."""
-    (folder / STATE).unlink(missing_ok=True)
+    remove_file(folder / STATE)
     remove_tree(folder)
 
 
@@ -183,19 +192,26 @@ def _numbered(root: Path) -> list[Path]:
 def _check_file(folder: Path, name: str, info: FileInfo, bar: tqdm) -> None:
     if "/" in name or "\\" in name:
         raise CheckpointError(folder, f"{STATE} names {name!r}, which is not in the folder")
-    found, size = xxhash.xxh3_64(), 0
+    path, done = folder / name, bar.n
     try:
-        with (folder / name).open("rb") as file:
-            while block := file.read(_BLOCK):
-                found.update(block)
-                size += len(block)
-                bar.update(len(block))
+        size, found = persistently(lambda: _sum(path, bar, done), f"reading {path}", path)
     except OSError as error:
         raise CheckpointError(folder, f"{name} cannot be read ({reason(error)})") from error
     if size != info.bytes:
         raise CheckpointError(folder, f"{name} is {size:,} bytes long, not {info.bytes:,}")
-    if found.hexdigest() != info.xxh3:
+    if found != info.xxh3:
         raise CheckpointError(folder, f"{name} is damaged: its checksum is not that of what was written")
+
+
+def _sum(path: Path, bar: tqdm, done: int) -> tuple[int, str]:
+    """Size and checksum of a file."""
+    found, size, bar.n = xxhash.xxh3_64(), 0, done
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+            size += len(block)
+            bar.update(len(block))
+    return size, found.hexdigest()
 
 
 def _checksum(state: dict[str, Any]) -> str:

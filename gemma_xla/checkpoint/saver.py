@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from threading import Thread, get_native_id
+from threading import Event, Thread, get_native_id
 from typing import Any, BinaryIO
 
 import torch
@@ -18,13 +19,17 @@ from gemma_xla.backend import Backend, Piece
 from gemma_xla.checkpoint.folder import FORMAT, STATE, discard, folder_name, prune, seal
 from gemma_xla.checkpoint.reader import INDEX, Part, Stored
 from gemma_xla.errors import TrainingError
-from gemma_xla.storage import reason, remove_tree, replace_text, retried, sync
+from gemma_xla.storage import make_folder, read_text, reason, remove_file, remove_tree, replace_text, retried, sync
 from gemma_xla.tensor_file import Entry, write_tensors
 
 # How long the first host waits for the files of the others, in seconds.
 _PATIENCE = 1800
 # A whole tensor's shape and type, and this host's parts of it.
 Held = dict[str, tuple[torch.Size, torch.dtype, list[Piece]]]
+
+
+class LostPart(FileNotFoundError):
+    """Another host's part of a checkpoint does not come."""
 
 
 class Saver:
@@ -49,6 +54,7 @@ class Saver:
         self.backend = backend
         self.keep_last, self.keep_every = keep_last, keep_every
         self.say = say
+        self._alone = Event()
         self._thread: Thread | None = None
         self._error: Exception | None = None
         self._step = 0
@@ -64,9 +70,11 @@ class Saver:
         folder = self.root / folder_name(step)
         self._error, self._step = None, step
         if self.backend.process_index == 0:
-            discard(folder)
+            self._attempt(folder, lambda: discard(folder))
         # No host writes before the remains of an earlier attempt are gone.
         self.backend.barrier()
+        if self._error:
+            return
         held = {name: (tensor.shape, tensor.dtype, self.backend.pieces(tensor)) for name, tensor in tensors.items()}
         sealed = {"format": FORMAT, "step": step, "hosts": self.backend.process_count, **state}
         self._thread = Thread(target=self._work, args=(folder, held, sealed, keep), name="checkpoint")
@@ -78,6 +86,10 @@ class Saver:
             self._thread.join()
             self._thread = None
         return self._error
+
+    def expect_nobody(self) -> None:
+        """The other hosts are gone: a save that waits for their part fails."""
+        self._alone.set()
 
     def close(self) -> None:
         """Wait for the latest save.
@@ -96,30 +108,44 @@ class Saver:
         if sys.platform == "linux":
             # This thread alone: on a CPU, a step whose threads wait for one another would wait for this one too.
             os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
-        try:
-            retried(lambda: write_parts(folder / f"tensors-{index:05d}", held), f"checkpoint {folder}", self.say)
+
+        def write() -> None:
+            write_parts(folder / f"tensors-{index:05d}", held, self.say)
             held.clear()
             if index == 0:
-                state["files"] = self._gather(folder, state["hosts"])
-                replace_text(folder / STATE, seal(state))
+                summaries = [folder / f"tensors-{host:05d}.sums" for host in range(state["hosts"])]
+                files = retried(lambda: self._gather(summaries), f"checkpoint {folder}", self.say)
+                for summary in summaries:
+                    remove_file(summary)
+                replace_text(folder / STATE, seal(state | {"files": files}))
                 sync(self.root)
+
+        self._attempt(folder, write)
+        if index == 0 and not self._error:
+            try:
                 prune(self.root, self.keep_last, self.keep_every, keep)
-        except Exception as error:  # noqa: BLE001 (training goes on, whatever the disk says)
+            except Exception as error:  # noqa: BLE001 (the next save tries again)
+                self.say(f"warning: older checkpoints could not be removed ({reason(error)}); training goes on")
+
+    def _attempt(self, folder: Path, action: Callable[[], None]) -> None:
+        """Do a part of a save; training goes on, whatever the disk says."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (each file system has its own)
             self._error = error
             self._give_up(folder, error)
 
-    def _gather(self, folder: Path, hosts: int) -> dict[str, Any]:
+    def _gather(self, summaries: list[Path]) -> dict[str, Any]:
         """Wait until all hosts have written their part; return what is in the folder then."""
         deadline = time.monotonic() + _PATIENCE
         files: dict[str, Any] = {}
-        for host in range(hosts):
-            summary, failed = (folder / f"tensors-{host:05d}.{kind}" for kind in ("sums", "failed"))
+        for host, summary in enumerate(summaries):
             while not summary.exists():
-                if failed.exists() or time.monotonic() > deadline:
-                    raise OSError(f"host {host} did not write its part")
+                absent = self._alone.is_set() or time.monotonic() > deadline
+                if absent or summary.with_suffix(".failed").exists():
+                    raise LostPart(f"host {host} did not write its part")
                 time.sleep(0.2)
-            files |= json.loads(summary.read_text(encoding="utf-8"))
-            summary.unlink()
+            files |= json.loads(read_text(summary))
         return files
 
     def _give_up(self, folder: Path, error: Exception) -> None:
@@ -131,8 +157,8 @@ class Saver:
             if self.backend.process_index == 0:
                 remove_tree(folder)
             else:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"tensors-{self.backend.process_index:05d}.failed").touch()
+                make_folder(folder)
+                replace_text(folder / f"tensors-{self.backend.process_index:05d}.failed", "")
         except Exception as second:  # noqa: BLE001 (what is left does not count as a checkpoint)
             self.say(f"warning: {folder} could not be removed ({reason(second)})")
 
@@ -155,8 +181,12 @@ class _Summed:
         return {"bytes": self._bytes, "xxh3": self._sum.hexdigest()}
 
 
-def write_parts(stem: Path, held: Held) -> None:
-    """Write one host's files of a checkpoint; the last, ``.sums``, says that the others are whole."""
+def write_parts(stem: Path, held: Held, say: Callable[[str], None]) -> None:
+    """Write one host's files of a checkpoint; the last, ``.sums``, says that the others are whole.
+
+    Args:
+        say: told of each further try to write one.
+    """
     folder, found, index = stem.parent, {}, {}
     for name, (shape, dtype, pieces) in held.items():
         parts = []
@@ -168,12 +198,15 @@ def write_parts(stem: Path, held: Held) -> None:
     # Wider types first, so that each tensor is aligned.
     found = dict(sorted(found.items(), key=lambda item: -item[1].dtype.itemsize))
     entries = {key: Entry(part.dtype, tuple(part.shape)) for key, part in found.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, listing = (folder / f"{stem.name}.{kind}" for kind in ("safetensors", "json"))
-    sums = {
-        tensors.name: _write(tensors, lambda file: write_tensors(file, entries, found.values())),
-        listing.name: _write(listing, lambda file: file.write(INDEX.dump_json(index))),
+    make_folder(folder)
+    writers = {
+        "safetensors": lambda file: write_tensors(file, entries, found.values()),
+        "json": lambda file: file.write(INDEX.dump_json(index)),
     }
+    sums = {}
+    for kind, write in writers.items():
+        path = folder / f"{stem.name}.{kind}"
+        sums[path.name] = retried(partial(_write, path, write), f"checkpoint {folder}", say)
     replace_text(folder / f"{stem.name}.sums", json.dumps(sums))
 
 

@@ -18,7 +18,7 @@ from gemma_xla.hf.merge import adapted_modules
 from gemma_xla.hf.reader import TensorReader
 from gemma_xla.hf.writer import absolute, parse_dtype, progress, write_file
 from gemma_xla.model.config import LORA_TARGETS
-from gemma_xla.storage import location
+from gemma_xla.storage import copy_file, location, replace_text
 from gemma_xla.tensor_file import Entry, Index, TensorFile
 
 # peft wraps a model twice.
@@ -144,9 +144,9 @@ def export_adapter(
         with progress(sum(entry.nbytes for entry in entries.values())) as bar:
             write_file(folder / _WEIGHTS, reader, entries, bar, _PREFIX)
         for path in copies:
-            (folder / path.name).write_bytes(path.read_bytes())
+            copy_file(path, folder / path.name)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            replace_text(folder / name, text)
     return out
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gemma_xla.errors import UserError
 from gemma_xla.hf.reader import INDEX, TensorReader
-from gemma_xla.storage import is_local, reason, remove_tree
+from gemma_xla.storage import is_local, make_folder, reason, remove_file, remove_tree
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -83,17 +83,19 @@ def whole_or_nothing(out: Path, kind: Kind = MODEL) -> Iterator[Path]:
     """
     partial = _sibling(out, "partial") if is_local(out) else out
     try:
-        (partial / kind.config).unlink(missing_ok=True)
+        remove_file(partial / kind.config)
         remove_tree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         yield partial
         if is_local(out):
             _put_in_place(partial, out)
     except BaseException as error:
         # If even that fails, what is left is no model: it has no config.json.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             remove_tree(partial)
-        if isinstance(error, OSError):
+        # The errors of a bucket have types of their own.
+        of_bucket = not is_local(out) and isinstance(error, Exception) and not isinstance(error, UserError | ValueError)
+        if of_bucket or isinstance(error, OSError):
             raise UserError(
                 f"{out}: {reason(error)}; make room, or export to another folder that you may write to: nothing was "
                 "exported"

@@ -17,7 +17,7 @@ from gemma_xla.hf.config import config_json, generation_config_json
 from gemma_xla.hf.folder import MODEL, check_free, tokenizer_files, whole_or_nothing
 from gemma_xla.hf.reader import INDEX, TensorReader, check_tensors
 from gemma_xla.model.config import GemmaConfig
-from gemma_xla.storage import is_local, location
+from gemma_xla.storage import copy_file, is_local, location, persistently, replace_text
 from gemma_xla.tensor_file import Entry, write_tensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,9 +69,9 @@ def export(
     with whole_or_nothing(out) as folder:
         _write_weights(reader, names, folder, stored, limit)
         for path in copies:
-            (folder / path.name).write_bytes(path.read_bytes())
+            copy_file(path, folder / path.name)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            replace_text(folder / name, text)
     return out
 
 
@@ -89,7 +89,7 @@ def _write_weights(reader: TensorReader, names: list[str], folder: Path, dtype: 
             write_file(folder / shard, reader, {name: entries[name] for name in held}, bar)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+        replace_text(folder / INDEX, dump_json(index))
 
 
 def progress(total: int) -> tqdm:
@@ -99,9 +99,14 @@ def progress(total: int) -> tqdm:
 
 def write_file(path: Path, reader: TensorReader, entries: dict[str, Entry], bar: tqdm, prefix: str = "") -> None:
     """Write one file of weights; in it, ``prefix`` stands before each of the reader's names."""
-    with path.open("wb") as file:
-        stored = {prefix + name: entry for name, entry in entries.items()}
-        write_tensors(file, stored, _values(reader, entries, bar), metadata={"format": "pt"})
+    stored, done = {prefix + name: entry for name, entry in entries.items()}, bar.n
+
+    def write() -> None:
+        bar.n = done
+        with path.open("wb") as file:
+            write_tensors(file, stored, _values(reader, entries, bar), metadata={"format": "pt"})
+
+    persistently(write, f"writing {path}", path)
 
 
 def _values(reader: TensorReader, entries: dict[str, Entry], bar: tqdm) -> Iterator[torch.Tensor]:

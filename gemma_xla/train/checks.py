@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
 from gemma_xla.backend import Backend
+from gemma_xla.checkpoint import complete
 from gemma_xla.config import RunConfig
 from gemma_xla.errors import UserError
 from gemma_xla.hf import check_push
@@ -168,6 +170,29 @@ def disk_space(config: RunConfig, trained: int, parameters: int, existing: int) 
         exported += trained * torch.float32.itemsize if config.lora else 0
         exported += parameters * getattr(torch, export.dtype).itemsize if export.merged or not config.lora else 0
     return max(0, kept - existing) * trained * _CHECKPOINT_BYTES + exported
+
+
+class DiskWatch:
+    """Warns when what a run is still going to write no longer fits its disk, before a save fails of it."""
+
+    def __init__(self, config: RunConfig, trained: int, parameters: int, folder: RunFolder) -> None:
+        """
+        Args:
+            trained: parameters that are.
+            parameters: of the whole model.
+            folder: the run's.
+        """
+        self._config, self._trained, self._parameters, self._folder = config, trained, parameters, folder
+        self._short = False
+
+    def look(self, say: Callable[[str], None]) -> None:
+        """Say so if there is no longer room for the rest, once until there is again."""
+        existing = len(complete(self._folder.checkpoints)) if self._folder.local else 0
+        needed = disk_space(self._config, self._trained, self._parameters, existing)
+        shortage = self._folder.shortage(needed)
+        if shortage and not self._short:
+            say(shortage)
+        self._short = shortage is not None
 
 
 def _gigabytes(count: int) -> str:

@@ -16,7 +16,7 @@ from gemma_xla.data.loader import EvalLoader
 from gemma_xla.errors import UserError
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.sharding import INPUT_SPEC
-from gemma_xla.storage import replace_text
+from gemma_xla.storage import read_text, replace_text
 from gemma_xla.train.run import Run
 from gemma_xla.train.step import counts
 
@@ -149,10 +149,15 @@ class SampleLog:
             path: lines of steps after ``start`` are dropped: they will be taken again.
         """
         self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = read_text(path).splitlines() if path.exists() else []
         self._records = [r for r in map(json.loads, lines) if r["step"] <= start]
 
     def write(self, step: int, prompts: list[str], completions: list[str]) -> None:
+        """Add the lines of an evaluation; what cannot be written now is written with the next ones.
+
+        Raises:
+            Exception: whatever the file system has to say.
+        """
         pairs = zip(prompts, completions, strict=True)
         self._records += [{"step": step, "prompt": prompt, "completion": text} for prompt, text in pairs]
         replace_text(self._path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._records))

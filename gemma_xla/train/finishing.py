@@ -22,6 +22,11 @@ def finish(run: Run) -> None:
     Raises:
         UserError: something could not be written, or not be uploaded (last of all).
     """
+    with run.watchdog.during("exporting"):
+        _finish(run)
+
+
+def _finish(run: Run) -> None:
     folder, section = run.folder, run.config.export
     records = read_metrics(folder.metrics)
     plot(records, folder.work / "curves.png", folder.path.name)

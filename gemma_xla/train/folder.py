@@ -8,7 +8,8 @@ import shutil
 import socket
 import tempfile
 import uuid
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from filelock import FileLock, Timeout
 
 from gemma_xla import checkpoint
 from gemma_xla.errors import TrainingError, UserError
-from gemma_xla.storage import copy_tree, is_local, location, reason, remove_tree, replace_text
+from gemma_xla.storage import (
+    copy_tree,
+    is_local,
+    location,
+    read_text,
+    reason,
+    remove_file,
+    remove_tree,
+    replace_text,
+)
 
 _CLAIM = ".claim"
 
@@ -35,6 +45,7 @@ class RunFolder:
     export/            the Hugging Face folder
     adapter/           with LoRA: the adapter, as peft keeps it
     curves.png         loss and MFU
+    hang-0.txt         where each thread was when host 0 hung
 
     Of a folder in a bucket, ``work`` is a local stand-in for what other libraries write; `publish` copies it.
     """
@@ -79,6 +90,9 @@ class RunFolder:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    def hang(self, host: int) -> Path:
+        return self.path / f"hang-{host}.txt"
+
     def check(self, needed: int) -> None:
         """Make sure that the folder can be written to and has room; nothing stays behind.
 
@@ -97,16 +111,28 @@ class RunFolder:
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass
-            free = shutil.disk_usage(existing).free
+            shortage = _shortage(existing, needed)
         except OSError as error:
             raise UserError(
                 f"output_dir: nothing can be written to {existing} ({reason(error)}); choose a folder you may write to"
             ) from error
-        if needed > free:
+        if shortage:
             raise UserError(
-                f"output_dir: {self.path} has room for {free / 1e9:,.1f} GB, but the checkpoints and the export of "
-                f"this run need {needed / 1e9:,.1f} GB; make room, choose another disk or lower checkpoint.keep_last"
+                f"output_dir: {self.path} {shortage} of this run need {needed / 1e9:,.1f} GB; make room, choose "
+                "another disk or lower checkpoint.keep_last"
             )
+
+    def shortage(self, needed: int) -> str | None:
+        """What to say where the disk has no room for so many bytes."""
+        try:
+            shortage = _shortage(self.path, needed) if self.local else None
+        except OSError:
+            return None  # the save that follows tells
+        if shortage is None:
+            return None
+        return (
+            f"warning: {self.path} {shortage} still to come need {needed / 1e9:,.1f} GB; make room, or a save will fail"
+        )
 
     def claim(self) -> None:
         """Make this run the only one that writes to the folder, until `close`.
@@ -117,7 +143,8 @@ class RunFolder:
             UserError: another run of this machine, or of one that shares the disk, is writing to it.
         """
         if not self.local:
-            replace_text(self.path / _CLAIM, self._claim)
+            with self._written():
+                replace_text(self.path / _CLAIM, self._claim)
             return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -138,20 +165,32 @@ class RunFolder:
         Raises:
             TrainingError: another run has claimed the folder since.
         """
-        if not self.local and (self.path / _CLAIM).read_text(encoding="utf-8") != self._claim:
+        if self.local:
+            return
+        try:
+            claim = read_text(self.path / _CLAIM)
+        except Exception:  # noqa: BLE001 (the save that follows tells)
+            return
+        if claim != self._claim:
             raise TrainingError(f"output_dir: another run has begun to write to {self.path}; this one ends")
 
     def describe(self, config: str, environment: dict[str, Any]) -> None:
         """Write what says how the run was made, once everything has been checked."""
-        replace_text(self.config, config)
-        replace_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
-        replace_text(self.path / "README.md", _README.format(name=self.path.name, path=self.path))
-        checkpoint.tidy(self.checkpoints)
+        with self._written():
+            replace_text(self.config, config)
+            replace_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
+            replace_text(self.path / "README.md", _README.format(name=self.path.name, path=self.path))
+            checkpoint.tidy(self.checkpoints)
 
     def publish(self) -> None:
-        """Copy what is only here to where the run lives."""
+        """Copy what is only here to where the run lives.
+
+        Raises:
+            UserError: it cannot be written there.
+        """
         if not self.local:
-            copy_tree(self.work, self.path)
+            with self._written():
+                copy_tree(self.work, self.path)
 
     def publish_tensorboard(self) -> None:
         """Copy what TensorBoard reads, so that it can be watched during the run."""
@@ -170,12 +209,22 @@ class RunFolder:
     def _try_bucket(self) -> None:
         probe = self.path / f".probe-{uuid.uuid4()}"
         try:
-            probe.write_text("", encoding="utf-8")
-            probe.unlink()
+            replace_text(probe, "")
+            remove_file(probe)
         except Exception as error:  # noqa: BLE001 (each file system has its own)
             raise UserError(
                 f"output_dir: nothing can be written to {self.path} ({reason(error)}); check the name of the bucket "
                 "and your credentials"
+            ) from error
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (each file system has its own)
+            raise UserError(
+                f"output_dir: {self.path} could not be written to ({reason(error)}); what was saved is whole: mend "
+                "that and start again to continue"
             ) from error
 
     def _release(self, lock: FileLock, made: list[Path]) -> None:
@@ -189,6 +238,16 @@ class RunFolder:
                 break
 
 
+def _shortage(folder: Path, needed: int) -> str | None:
+    """The beginning of a sentence, where the disk of a folder has no room for so many bytes.
+
+    Raises:
+        OSError: it cannot be asked.
+    """
+    free = shutil.disk_usage(folder).free
+    return f"has room for {free / 1e9:,.1f} GB, but the checkpoints and the export" if free < needed else None
+
+
 _README = """\
 # {name}
 A Gemma trained with gemma_xla. Start the same recipe with `config.yaml` to continue it.
@@ -200,6 +259,7 @@ A Gemma trained with gemma_xla. Start the same recipe with `config.yaml` to cont
 | `metrics.jsonl` | a line of figures per step and per evaluation |
 | `tensorboard/` | the same for `tensorboard --logdir {path}` |
 | `curves.png` | loss and MFU over steps, drawn at the end |
+| `hang-N.txt` | where each thread of process N was when it hung, if it did |
 | `samples.jsonl` | the continuations of `eval.prompts` at each evaluation, if there are prompts |
 | `tokenizer/` | the tokenizer, as every Hugging Face program reads it |
 | `checkpoints/` | `step-N/`: what the run continues from, on any mesh; safetensors and JSON |

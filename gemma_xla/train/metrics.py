@@ -1,4 +1,4 @@
-"""What a run reports: computed in one place, written to the bar, a file and accelerate's trackers."""
+"""What a run reports: computed in one place, shown, written to a file and to accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from gemma_xla.chips import Chip, cost
 from gemma_xla.flops import FlopCounter
-from gemma_xla.storage import is_local, reason, replace_text
+from gemma_xla.storage import is_local, read_text, reason, replace_text
+from gemma_xla.train.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,9 +64,11 @@ class Meter:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, the trackers and the progress bar of one run; silent on all hosts but the first."""
+    """``metrics.jsonl``, the trackers and the progress of one run; silent on all hosts but the first."""
 
-    def __init__(self, path: Path, accelerator: Any, *, total: int, start: int, enabled: bool) -> None:
+    def __init__(
+        self, path: Path, accelerator: Any, *, total: int, start: int, enabled: bool, heartbeat: float = 60.0
+    ) -> None:
         """
         Args:
             path: the file to append to; lines of steps after ``start`` are dropped: they will be taken again.
@@ -75,6 +76,7 @@ class MetricsLog:
             total: steps of the run.
             start: steps already taken.
             enabled: whether this host reports.
+            heartbeat: see `Progress`.
         """
         self.path = path
         self.accelerator = accelerator
@@ -82,7 +84,8 @@ class MetricsLog:
         self.records = [r for r in read_metrics(path) if r["step"] <= start]
         self._written = 0 if enabled else None
         self._failing: set[str] = set()
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=not enabled, dynamic_ncols=True)
+        self.progress = Progress(total, start, enabled, heartbeat)
+        self.say = self.progress.say
         self.attempt("metrics", self._rewrite)
 
     def write(self, record: dict[str, float]) -> None:
@@ -99,23 +102,13 @@ class MetricsLog:
             self.attempt("metrics", self._rewrite)
 
     def advance(self, record: dict[str, float]) -> None:
-        """Move the bar to a step just finished."""
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
-            f"MFU {record['mfu']:.1%}, {record['step_time']:.2f} s/step, {record['compilations']:.0f} compiled",
-            refresh=False,
-        )
-        self.bar.update()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.enabled:
-            self.bar.write(text)
+        """Show a step just finished."""
+        self.progress.advance(record)
 
     def close(self) -> None:
         self.flush()
         self.attempt("trackers", self.accelerator.end_training)
-        self.bar.close()
+        self.progress.close()
 
     def _rewrite(self) -> None:
         if self.enabled:
@@ -152,7 +145,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
 def summary(records: list[dict[str, float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from gemma_xla.train.optimizer import MOMENTS, step_count
 # to the order in which numbers are added; or they are compared in another way: the model by its resolved architecture,
 # data by what the saved position says of it, the precision as it was resolved.
 _FREE = (
-    *("output_dir", "seed", "model.", "mesh.", "eval.", "checkpoint.", "export.", "log.", "hardware."),
+    *("output_dir", "seed", "model.", "mesh.", "eval.", "checkpoint.", "export.", "log.", "watch.", "hardware."),
     *("data.train", "data.eval", "data.tokenizer", "data.vocab_size", "data.shuffle", "data.prefetch"),
     *("train.batch_size", "train.grad_accum", "train.compute_dtype"),
     *("train.remat", "train.keep", "train.layers", "train.loss_chunk"),

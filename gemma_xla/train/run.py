@@ -27,11 +27,12 @@ from gemma_xla.model.config import GemmaConfig, preset
 from gemma_xla.model.lora import check_lora
 from gemma_xla.storage import reason
 from gemma_xla.temporaries import Step, choose_remat
-from gemma_xla.train import checks
+from gemma_xla.train import checks, peers
 from gemma_xla.train.environment import environment, loggable, versions
 from gemma_xla.train.folder import RunFolder
 from gemma_xla.train.memory import memory
 from gemma_xla.train.resume import check_changes, tokenizer_fingerprint
+from gemma_xla.train.watchdog import Watchdog
 from gemma_xla.weights import Weights, fingerprint, open_weights, resolve_base
 from gemma_xla.xla import open_backend
 
@@ -46,8 +47,10 @@ class Run:
         """
         self.config = config
         self.folder = RunFolder(config.output_dir)
+        self.watchdog = Watchdog(config.watch, self.folder.hang(0), self.say)
         try:
-            self._prepare()
+            with self.watchdog.during("preparing the run"):
+                self._prepare()
         except BaseException:
             self.close()
             raise
@@ -61,6 +64,8 @@ class Run:
             check_lora(config.lora, self.model_config)
         self.flops = FlopCounter.of_run(self.model_config, config.data.seq_len, config.lora)
         self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
+        self.watchdog.path = self.folder.hang(self.backend.process_index)
+        self.watchdog.compiles = self.backend.compilations_begun
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
@@ -115,7 +120,7 @@ class Run:
                 copy_tokenizer(self._tokenizer_source, self.folder.tokenizer)
             if self.config.data.chat_template:
                 write_chat_template(self.tokenizer, self.folder.tokenizer)
-            for damaged in self.newest.damaged if self.newest else []:
+            for damaged in (f for f in (self.newest.damaged if self.newest else []) if f.exists()):
                 self.say(f"{damaged} is now called {checkpoint.set_aside(damaged).name}")
             self.folder.describe(dump_config(self.config), environment(self.backend))
             self.say("\n".join(filter(None, [self.survey.describe(), f"Memory per device: {self.memory}"])))
@@ -130,13 +135,15 @@ class Run:
 
     def close(self) -> None:
         """Let go of the folder."""
+        self.watchdog.close()
         self.folder.close()
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self.close()
+        peers.explain(error)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run it belongs to."""
@@ -152,7 +159,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line, once for all hosts."""
-        if self.is_main:
+        if not hasattr(self, "backend") or self.is_main:
             print(text, flush=True)
 
     def _accelerator(self) -> Accelerator:

@@ -14,13 +14,17 @@ from gemma_xla import interrupts
 from gemma_xla.checkpoint import CheckpointReader, Saver, complete
 from gemma_xla.data.loader import TrainLoader, merge_states
 from gemma_xla.errors import TrainingError
+from gemma_xla.flops import num_parameters
 from gemma_xla.train.build import adapted, build_model, initial, stored, trained
+from gemma_xla.train.checks import DiskWatch
 from gemma_xla.train.compilations import CompilationWatch
 from gemma_xla.train.evaluation import Evaluator, SampleLog, best, is_stale
 from gemma_xla.train.metrics import Meter, MetricsLog, summary
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer, learning_rate_fraction
+from gemma_xla.train.peers import is_lost
 from gemma_xla.train.resume import restore_optimizer
 from gemma_xla.train.run import Run
+from gemma_xla.train.spikes import note_spikes
 from gemma_xla.train.step import Batch, make_step
 
 
@@ -31,6 +35,12 @@ class Trainer:
         self.run = run
         self.config = run.config
         self.backend = run.backend
+        self.watchdog = run.watchdog
+        with self.watchdog.during("building the model" if run.newest is None else "bringing the checkpoint back"):
+            self._prepare()
+
+    def _prepare(self) -> None:
+        run = self.run
         self.rows = run.micro_batch_rows * self.config.train.grad_accum
         self.train_loader = TrainLoader(run.corpus, run.tokenizer, num_rows=self.rows, rows=self._share(self.rows))
         self.meter = Meter(run.flops, run.chip, run.num_chips, self.rows * self.config.data.seq_len)
@@ -39,6 +49,8 @@ class Trainer:
             # Before the model takes its time: it refuses other data.
             self.train_loader.load_state_dict(run.newest.state["data"])
         self._build()
+        counts = run.flops.num_trainable_parameters, num_parameters(run.model_config)
+        self.disk = DiskWatch(run.config, *counts, run.folder)
         run.open_folder()
 
     def fit(self) -> dict[str, float]:
@@ -48,6 +60,10 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM came; the step that was under way is done and saved.
             TrainingError: the loss is no longer a number, or the last checkpoint could not be written.
         """
+        with self.watchdog.during("beginning"):
+            return self._fit()
+
+    def _fit(self) -> dict[str, float]:
         section = self.config.checkpoint
         self.log = MetricsLog(
             self.run.folder.metrics,
@@ -55,7 +71,9 @@ class Trainer:
             total=self.config.train.steps,
             start=self.step,
             enabled=self.run.is_main,
+            heartbeat=self.config.watch.heartbeat,
         )
+        self.watchdog.say = self.log.say
         self.saver = Saver(
             self.run.folder.checkpoints,
             self.backend,
@@ -68,15 +86,21 @@ class Trainer:
         try:
             with interrupts.deferred():
                 self._train()
+            self.watchdog.doing("writing the last checkpoint")
             self.saver.close()
             if received := self._signal():  # after the last step: all is saved
                 raise interrupts.Interrupted(received)
+        except RuntimeError as error:
+            if is_lost(error):
+                self.saver.expect_nobody()
+            raise
         finally:
+            self.watchdog.doing("closing the log")
             self.saver.wait()
             self.log.close()
             self.train_loader.close()
             if self.run.is_main:
-                self.run.folder.publish()
+                self.log.attempt("the log", self.run.folder.publish)
         return summary(self.log.records)
 
     def _train(self) -> None:
@@ -88,6 +112,7 @@ class Trainer:
             self.watch.expect()
         self._finished_at = time.perf_counter()
         while not self._is_over():
+            self.watchdog.step(self.step + 1)
             rate = train.optimizer.lr * learning_rate_fraction(self.step, total, train.schedule)
             micro_batches = self._next_micro_batches()
             result = self.train_step(micro_batches, rate)
@@ -101,6 +126,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint; training may go on meanwhile."""
+        self.watchdog.doing(f"saving after step {self.step}")
         state = {
             **self.run.state(),
             "tokens": self.meter.tokens,
@@ -110,6 +136,7 @@ class Trainer:
         }
         if self.run.is_main:
             self.run.folder.check_claim()
+            self.disk.look(self.log.say)
         self.saver.save(self.step, self._tensors(), state, self._kept())
         if self.run.is_main:
             self.log.flush()
@@ -195,6 +222,7 @@ class Trainer:
 
     def _signal(self) -> signal.Signals | None:
         """The signal that any host has received: all of them must stop after the same step."""
+        self.watchdog.progress()
         return next(filter(None, self.backend.gather_objects(interrupts.received())), None)
 
     def _evaluation_is_due(self) -> bool:
@@ -206,6 +234,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluate and report; return whether the checkpoint of this step is to be kept for it."""
+        self.watchdog.doing(f"evaluating after step {self.step}")
         figures = self.evaluator.figures()
         if figures is None:
             return False
@@ -217,7 +246,7 @@ class Trainer:
         for prompt, text in zip(self.config.eval.prompts, samples, strict=True):
             self.log.say(f"    {prompt!r} -> {text!r}")
         if samples and self.run.is_main:
-            self.samples.write(self.step, self.config.eval.prompts, samples)
+            self.log.attempt("samples", lambda: self.samples.write(self.step, self.config.eval.prompts, samples))
         if self._stops_early():
             self.log.say(
                 f"step {self.step}: no lower held-out loss since step {best(self.log.records)['step']}; training ends "
@@ -236,14 +265,17 @@ class Trainer:
         if self._pending is None:
             return
         (step, rate, result, rows), self._pending = self._pending, None
+        self.watchdog.step(step)
         (loss, grad_norm, trained, real), finished_at = result()
         seconds, self._finished_at = finished_at - self._finished_at, finished_at
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_not_finite(step, loss, grad_norm, rows)
         record = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
         record |= self.meter.step(seconds, trained, real) | {"compilations": self.watch.count}
+        record = note_spikes(record, self.log.records, self.config.watch.spike, rows, self.log.say)
         self.log.write(record)
         self.log.advance(record)
+        self.watchdog.took(seconds)
 
     def _stop_not_finite(self, step: int, loss: float, grad_norm: float, rows: str) -> None:
         self.saver.wait()

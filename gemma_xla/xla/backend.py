@@ -214,6 +214,10 @@ class XlaBackend(Backend):
         data = met.metric_data("CompileTime")
         return data[0] if data else 0
 
+    def compilations_begun(self) -> int:
+        # Counted when a graph is looked for and is not there.
+        return met.counter_value("UncachedCompile") or 0
+
 
 def _slices() -> list[int]:
     """The slice that each device is in, in the order of their numbers."""
