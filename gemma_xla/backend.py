@@ -43,6 +43,7 @@ class Backend:
         self.device = device
         self.mesh = MeshShape()
         self.batch_shards = batch_shards
+        self.compiles = False
 
     @property
     def device_kind(self) -> str:
@@ -51,7 +52,7 @@ class Backend:
 
     def attention(self, head_dim: int, seq_len: int) -> str:
         """The best of `gemma_xla.model.attention.IMPLEMENTATIONS` for rows of so many positions."""
-        return "sdpa"
+        return "flex" if self.device.type == "cuda" else "sdpa"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -121,6 +122,15 @@ class Backend:
                 the backward pass; the rest is computed again.
         """
         raise NotImplementedError("scan_layers needs PyTorch/XLA")
+
+    def use_compiler(self, wanted: bool | None) -> None:
+        """Decide whether `compile` compiles; None: where that is worth its time, on a GPU."""
+        self.compiles = self.device.type == "cuda" if wanted is None else wanted
+        self.loss_layout = CompiledLayout(self.compile) if self.compiles else Layout()
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that does the same, compiled for each shape of its arguments."""
+        return torch.compile(function, dynamic=False) if self.compiles else function
 
     def optimizer_options(self) -> dict[str, bool]:
         """Arguments with which torch.optim works best here."""
@@ -201,7 +211,18 @@ class Backend:
 
     def compilations(self) -> int:
         """Graphs compiled so far by this process."""
-        return 0
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compiles else 0
+
+
+class CompiledLayout(Layout):
+    """The loss on one device, what is done with each chunk compiled."""
+
+    def __init__(self, compile: Callable[..., Any]) -> None:
+        super().__init__()
+        self._compile = compile
+
+    def fold(self, step, carry, chunks):
+        return super().fold(self._compile(step), carry, chunks)
 
 
 def sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:

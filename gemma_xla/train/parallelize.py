@@ -34,9 +34,11 @@ def parallelize(
         model: its parameters already placed.
         specs: how each parameter is stored.
         backend: where it runs.
-        section: the config's ``train``: ``precision``, ``remat``, ``layers``.
+        section: the config's ``train``: ``precision``, ``compile``, ``remat``, ``layers``.
         dtype: the compute dtype of matrices; norms keep the dtype they are stored in.
     """
+    if backend.name == "torch":
+        backend.use_compiler(None if section.compile == "auto" else section.compile)
     _constrain_activations(model, backend)
     _fence_products(model, backend)
     # While layers are scanned, the first one stands for all: their specs are equal.
@@ -45,6 +47,8 @@ def parallelize(
         own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
         if section.precision == "int8":
             own = _use_int8(layer, own, backend, section)
+        if backend.compiles:
+            _use_compiler(layer, backend)
         _use_as_unit(layer, own, backend, dtype)
         if section.remat == "full" and section.layers == "loop":
             _use_remat(layer, backend)
@@ -102,6 +106,20 @@ def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, sectio
         else:
             module.forward = lambda x, module=module, how=how: int8_linear(x, module.weight, how)
     return rest
+
+
+def _use_compiler(layer: nn.Module, backend: Backend) -> None:
+    """Compile a layer, once for all that are equal; what it needs of the mask is made before."""
+    plain, attention = layer.forward, layer.self_attn
+    compiled = backend.compile(plain)
+
+    def forward(h, cos, sin, mask, cache=None):
+        if cache is not None:
+            return plain(h, cos, sin, mask, cache)
+        mask.prepare(attention.impl, h.shape[1], attention.window, h.device)
+        return compiled(h, cos, sin, mask)
+
+    layer.forward = forward
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class XlaBackend(Backend):
     """All devices of a TPU slice, or several simulated on a CPU, as one mesh."""
 
     name = "xla"
+    # By itself, whatever is recorded.
+    compiles = False
 
     def __init__(self, section: MeshSection) -> None:
         xr.use_spmd()
