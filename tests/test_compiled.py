@@ -97,27 +97,23 @@ def steps(compiler: str | None, attention: str, lora: LoraSection | None, dtype=
     return results, [after - before for before, after in zip(compiled, compiled[1:], strict=False)]
 
 
-@pytest.mark.parametrize(
-    ("lora", "settings"),
-    [
-        (None, {"remat": "full"}),
-        (LoraSection(rank=4, dropout=0.3), {"remat": "full"}),
-        *(
-            pytest.param(lora, settings, marks=pytest.mark.slow)
-            for lora, settings in (
-                (None, {}),
-                (None, {"precision": "int8", "remat": "full"}),
-                (None, {"precision": "int8", "int8_rounding": "stochastic"}),
-                (LoraSection(rank=4, dropout=0.3), {"precision": "int8", "remat": "full"}),
-                (LoraSection(rank=4, dropout=0.3, use_dora=True), {"remat": "full"}),
-            )
-        ),
-    ],
-    ids=str,
-)
-def test_a_traced_step_is_that_of_plain_pytorch(lora, settings):
+DROPOUT = LoraSection(rank=4, dropout=0.3)
+CASES = {"blocks": ("flex", None, {"remat": "full"})}
+SLOW_CASES = {
+    "dropout": ("sdpa", DROPOUT, {"remat": "full"}),
+    "kept": ("sdpa", None, {}),
+    "dora": ("sdpa", DROPOUT.model_copy(update={"use_dora": True}), {"remat": "full"}),
+    "int8": ("sdpa", None, {"precision": "int8", "remat": "full"}),
+    "int8-stochastic": ("sdpa", None, {"precision": "int8", "int8_rounding": "stochastic"}),
+    "int8-dropout": ("sdpa", DROPOUT, {"precision": "int8", "remat": "full"}),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)])
+def test_a_traced_step_is_that_of_plain_pytorch(case):
+    attention, lora, settings = (CASES | SLOW_CASES)[case]
     expected, none = steps(None, "sdpa", lora, **settings)
-    found, compiled = steps("aot_eager", "flex", lora, **settings)
+    found, compiled = steps("aot_eager", attention, lora, **settings)
     assert found == pytest.approx(expected, rel=2e-6)
     assert none == [0, 0, 0]
     # One layer stands for all; another graph for the first, whose input may need no gradient; the loss.
@@ -128,7 +124,7 @@ def test_a_traced_step_is_that_of_plain_pytorch(lora, settings):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("lora", [None, LoraSection(rank=4, dropout=0.3)], ids=["all", "lora"])
+@pytest.mark.parametrize("lora", [None, DROPOUT], ids=["all", "lora"])
 def test_a_compiled_step_is_that_of_plain_pytorch(lora):
     # Without dropout: compiled code draws other random numbers.
     plain = lora and lora.model_copy(update={"dropout": 0.0})

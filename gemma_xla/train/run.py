@@ -62,6 +62,7 @@ class Run:
         self.backend = open_backend(config.mesh, use_xla=is_torch_xla_available())
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
+        checks.check_compiler(config, self.backend)
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
         checks.check_int8(config, self.micro_batch_rows, self.backend.batch_shards)
         self.chip, self.num_chips = self._chips()
