@@ -48,7 +48,7 @@ class Mask:
         return self._dense[num_keys, window]
 
     def blocks(self, num_keys: int, window: int | None, device: torch.device) -> BlockMask:
-        """The mask of as many queries as keys, in blocks of positions: those in which nobody sees anybody are left out."""
+        """The mask of as many queries as keys, in blocks of positions, without those that nobody sees."""
         # It loads torch's compiler, which takes a second.
         from torch.nn.attention.flex_attention import create_block_mask
 
