@@ -114,12 +114,15 @@ class Backend:
         """Return ``function(position_ids_BT)``, tensors ``[B, T, ...]``; where it helps, in a loop over parts of T."""
         return function(position_ids_BT)
 
-    def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
+    def scan_layers(
+        self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int], draws=False
+    ) -> torch.Tensor:
         """Apply equal layers in loops that are compiled once.
 
         Args:
             kept: names of `gemma_xla.model.config.ACTIVATIONS`, and in how many of the first layers each is kept for
                 the backward pass; the rest is computed again.
+            draws: the layers use random numbers.
         """
         raise NotImplementedError("scan_layers needs PyTorch/XLA")
 

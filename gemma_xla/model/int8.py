@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from gemma_xla.model.kept import kept
 from gemma_xla.model.loss import Layout
 
 LARGEST = 127
@@ -62,7 +63,7 @@ def quantise(x: torch.Tensor, dim: int, stochastic: bool = False) -> tuple[torch
     scale = x.abs().amax(dim, keepdim=True) / LARGEST
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     x = x / scale
-    x = torch.floor(x + torch.rand_like(x)) if stochastic else torch.round(x)
+    x = torch.floor(x + kept().uniform(x)) if stochastic else torch.round(x)
     return x.clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 

@@ -57,7 +57,7 @@ def parallelize(
     outer = {name: spec for name, spec in specs.items() if ".layers." not in name}
     _use_as_unit(model, outer, backend, dtype)
     if section.layers == "scan":
-        _use_scan(model, backend, section.kept(len(model.model.layers)))
+        _use_scan(model, backend, section)
     backend.gather_units([*model.model.layers, model], dtype)
 
 
@@ -149,8 +149,12 @@ def _use_remat(layer: nn.Module, backend: Backend) -> None:
             return plain(h, cos, sin, mask, cache)
         return backend.remat(plain, h, cos, sin, mask, draws=draws)
 
-    draws = any(isinstance(module, LoraLinear) and module.dropout for module in layer.modules())
+    draws = _drops(layer)
     layer.forward = forward
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(isinstance(part, LoraLinear) and part.dropout > 0 for part in module.modules())
 
 
 def _give_gradient(model: Gemma) -> None:
@@ -161,8 +165,10 @@ def _give_gradient(model: Gemma) -> None:
         )
 
 
-def _use_scan(model: Gemma, backend: Backend, counts: dict[str, int]) -> None:
+def _use_scan(model: Gemma, backend: Backend, section: TrainSection) -> None:
     decoder = model.model
+    counts = section.kept(len(decoder.layers))
+    draws = _drops(decoder) or (section.precision == "int8" and section.int8_rounding == "stochastic")
     for name, module in decoder.layers[0].named_modules():
         if (leaf := name.rpartition(".")[2]) in counts:
             module.register_forward_hook(lambda _m, _args, out, name=leaf: kept().replace(name, out))
@@ -172,7 +178,7 @@ def _use_scan(model: Gemma, backend: Backend, counts: dict[str, int]) -> None:
         attention.o_proj.register_forward_pre_hook(lambda _m, args: kept().replace("attention", *args))
 
     def run_layers(h, cos, sin, mask, cache):
-        return backend.scan_layers(decoder.layers, h, cos, sin, mask.segment_ids_BS, counts)
+        return backend.scan_layers(decoder.layers, h, cos, sin, mask.segment_ids_BS, counts, draws)
 
     rope = decoder.rope
     decoder.rope = lambda position_ids_BT: backend.by_positions(rope, position_ids_BT)
