@@ -29,6 +29,7 @@ import torch
 from train_step import (
     BASELINE,
     CONFIG,
+    LENGTH,
     OPTIMIZER,
     ROWS,
     WARMUP,
@@ -73,7 +74,7 @@ def adapted(backend: Backend) -> Make:
 
 def ours(attention: str | None, loss_chunk: int, *, xla: bool) -> Build:
     backend = open_backend(MeshSection(virtual_devices=1 if xla else None), use_xla=xla, device=torch.device("cpu"))
-    attention = attention or backend.attention
+    attention = attention or backend.attention(CONFIG.head_dim, LENGTH)
 
     def build() -> Step:
         model, specs = build_model(CONFIG, backend, adapted(backend), attention, LORA)

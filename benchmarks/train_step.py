@@ -80,7 +80,7 @@ def make_batch(number: int) -> Batch:
 def ours(devices: int, *, xla: bool, compiled: bool = False) -> Step:
     section = MeshSection(virtual_devices=devices if xla else None)
     backend = open_backend(section, use_xla=xla, device=torch.device("cpu"))
-    model, specs = build_model(CONFIG, backend, initial(CONFIG, backend, 0), backend.attention)
+    model, specs = build_model(CONFIG, backend, initial(CONFIG, backend, 0), backend.attention(CONFIG.head_dim, LENGTH))
     optimizer = build_optimizer(model, specs, backend, OPTIMIZER)
     parallelize(model, specs, backend, TrainSection(steps=1, batch_size=ROWS), torch.float32)
     module = torch.compile(model) if compiled else model

@@ -161,7 +161,7 @@ def load(folder: Path, devices: int) -> tuple[torch.nn.Module, Backend, dict[str
         watch.meant += 4 * shape.numel()
         return from_file(name, shape, spec)
 
-    model, _ = build_model(read_config(folder), backend, counted, backend.attention)
+    model, _ = build_model(read_config(folder), backend, counted, "sdpa")
     backend.pieces(used)  # waits for the devices
     return model, backend, {"seconds": time.perf_counter() - start} | watch.figures()
 

@@ -44,6 +44,7 @@ class Backend:
         self.device = device
         self.mesh = MeshShape()
         self.batch_shards = batch_shards
+        self.compiles = False
 
     @property
     def device_kind(self) -> str:
@@ -52,7 +53,7 @@ class Backend:
 
     def attention(self, head_dim: int, seq_len: int) -> str:
         """The best of `gemma_xla.model.attention.IMPLEMENTATIONS` for rows of so many positions."""
-        return "sdpa"
+        return "flex" if self.device.type == "cuda" else "sdpa"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -118,14 +119,26 @@ class Backend:
         """Return ``function(position_ids_BT)``, tensors ``[B, T, ...]``; where it helps, in a loop over parts of T."""
         return function(position_ids_BT)
 
-    def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
+    def scan_layers(
+        self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int], draws=False
+    ) -> torch.Tensor:
         """Apply equal layers in loops that are compiled once.
 
         Args:
             kept: names of `gemma_xla.model.config.ACTIVATIONS`, and in how many of the first layers each is kept for
                 the backward pass; the rest is computed again.
+            draws: the layers use random numbers.
         """
         raise NotImplementedError("scan_layers needs PyTorch/XLA")
+
+    def use_compiler(self, wanted: bool | None) -> None:
+        """Decide whether `compile` compiles; None: where that is worth its time, on a GPU."""
+        self.compiles = self.device.type == "cuda" if wanted is None else wanted
+        self.loss_layout = CompiledLayout(self.compile) if self.compiles else Layout()
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that does the same, compiled for each shape of its arguments."""
+        return torch.compile(function, dynamic=False) if self.compiles else function
 
     def optimizer_options(self) -> dict[str, bool]:
         """Arguments with which torch.optim works best here."""
@@ -206,7 +219,18 @@ class Backend:
 
     def compilations(self) -> int:
         """Graphs compiled so far by this process."""
-        return 0
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compiles else 0
+
+
+class CompiledLayout(Layout):
+    """The loss on one device, what is done with each chunk compiled."""
+
+    def __init__(self, compile: Callable[..., Any]) -> None:
+        super().__init__()
+        self._compile = compile
+
+    def fold(self, step, carry, chunks):
+        return super().fold(self._compile(step), carry, chunks)
 
     def compilations_begun(self) -> int:
         """A number that grows when a compilation begins; any thread may ask."""

@@ -23,7 +23,8 @@ class ModelSection(Section):
     init_from: Text | None = None
     # GemmaConfig fields to change.
     overrides: dict[str, Any] = {}
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    # "auto": what suits the devices. "sdpa": PyTorch's fused kernels; "flex": those of its compiler, for a GPU.
+    attention: Literal["auto", "reference", "sdpa", "flex"] = "auto"
 
     @model_validator(mode="after")
     def _one_architecture(self) -> ModelSection:
@@ -103,6 +104,8 @@ class TrainSection(Section):
     # With int8: which of a layer's three products; and how its gradients are rounded.
     int8_products: Annotated[list[Literal[INT8_PRODUCTS]], Field(min_length=1)] = list(INT8_PRODUCTS)
     int8_rounding: Literal["nearest", "stochastic"] = "nearest"
+    # Without XLA: compile layers and loss with torch.compile. "auto": on a GPU; on a CPU it needs a C++ compiler.
+    compile: bool | Literal["auto"] = "auto"
     # "full" keeps only each layer's input for the backward pass and computes the rest again; "none" computes nothing
     # twice; "auto" keeps as much as the devices' memory has room for, by arithmetic (what it came to is in the run's
     # config.yaml). `gemma-xla plan` asks the compiler.

@@ -842,7 +842,25 @@ DEVICES = {
     "mesh.virtual_devices=0": "mesh.virtual_devices is 0; must be greater than 0",
     "mesh.virtual_devices=4 + mesh.fsdp=3": "mesh: data=1 x fsdp=3 x tensor=1 does not fit 4 device(s); make",
     "train.layers=scan": "train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop'",
+    "train.precision=int8 + train.batch_size=4161": (
+        "train.precision is 'int8', and a device has 133152 positions of a micro-batch; sums of more than 133144 "
+        "overflow: raise train.grad_accum, or leave grad_weight out of train.int8_products"
+    ),
     "hardware.chip=v5x": "hardware.chip: none is called 'v5x' (did you mean 'v5p'?); there are",
+}
+
+
+def without_compilers(place: Place) -> None:
+    place.monkeypatch.setenv("PATH", str(place.folder))
+    place.monkeypatch.delenv("CXX", raising=False)
+
+
+COMPILERS = {
+    "no compiler": (
+        without_compilers,
+        "train.compile=true",
+        "train.compile is true, and there is no compiler that torch.compile could call (g++ or clang++); install one",
+    )
 }
 
 
@@ -884,4 +902,5 @@ CASES = [
     *plain("hub", HUB),
     *prepared("disk", DISK),
     *plain("devices", DEVICES),
+    *prepared("devices", COMPILERS),
 ]

@@ -23,6 +23,7 @@ from gemma_xla.config import LoraSection, MeshSection, OptimizerSection, TrainSe
 from gemma_xla.distributed import open_torch, process_mesh
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import preset
+from gemma_xla.model.loss import Layout
 from gemma_xla.train.build import adapted, build_model, initial, trained
 from gemma_xla.train.metrics import read_metrics
 from gemma_xla.train.optimizer import MOMENTS, build_optimizer
@@ -56,14 +57,24 @@ class Recorder(Weights):
         super().copy_to(name, out, index)
 
 
-def take_steps(mesh: tuple[int, int], lora: LoraSection | None, dtype: torch.dtype, out: Path) -> None:
-    """Four steps of two micro-batches each; every process leaves what it found in the folder ``out``."""
+def take_steps(
+    mesh: tuple[int, int], lora: LoraSection | None, dtype: torch.dtype, out: Path, parts: int = 1, **settings: str
+) -> None:
+    """Four steps of two micro-batches each; every process leaves what it found in the folder ``out``.
+
+    Args:
+        parts: those of a batch that have scales of their own in 8-bit products.
+        settings: of the config's ``train``.
+    """
     backend = open_torch(MeshSection(data=mesh[0], fsdp=mesh[1]), None)
     weights = Recorder()
     make = adapted(weights, backend, 0) if lora else initial(CONFIG, backend, 0)
     model, specs = build_model(CONFIG, backend, make, "sdpa", lora, dtype)
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
-    parallelize(model, specs, backend, TrainSection(steps=1, batch_size=8, remat="full"), dtype)
+    section = TrainSection(steps=1, batch_size=8, remat="full", **settings)
+    if parts > 1:
+        backend.use_compiler = lambda _wanted: setattr(backend, "loss_layout", Layout(parts))
+    parallelize(model, specs, backend, section, dtype)
     step = TrainStep(model, optimizer, backend, clip_norm=1.0, loss_chunk=16)
     results, count, index = [], backend.process_count, backend.process_index
     for number in range(4):
@@ -78,13 +89,14 @@ def take_steps(mesh: tuple[int, int], lora: LoraSection | None, dtype: torch.dty
     torch.save({"results": results, "read": weights.read_parts, "pieces": pieces}, out / f"{index}.pt")
 
 
-def steps_in(mesh: tuple[int, int], lora: LoraSection | None, dtype: torch.dtype, out: Path) -> list[dict]:
+def steps_in(mesh: tuple[int, int], lora: LoraSection | None, dtype: torch.dtype, out: Path, **settings) -> list[dict]:
     """What each process found."""
     out.mkdir()
+    take = functools.partial(take_steps, mesh, lora, dtype, out, **settings)
     if (count := math.prod(mesh)) == 1:
-        take_steps(mesh, lora, dtype, out)
+        take()
     else:
-        assert ended(runs.start_several(count, take_steps, mesh, lora, dtype, out)) == {0}
+        assert ended(runs.start_several(count, take)) == {0}
     return [torch.load(out / f"{index}.pt", weights_only=False) for index in range(count)]
 
 
@@ -126,6 +138,22 @@ def test_the_numbers_are_those_of_one_process(alone, tmp_path, mesh, lora):
             whole[index] = part
         assert sum(part.numel() for _, part in parts) == values.numel()  # nothing is saved twice
         assert (whole - values).norm() < 1e-5 * values.norm(), key
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), pytest.param((2, 1), marks=pytest.mark.slow)])
+def test_products_in_8_bits_are_those_of_one_process_that_scales_in_parts(tmp_path, mesh):
+    folders = (tmp_path / name for name in ("two", "parts", "whole"))
+    int8 = {"precision": "int8"}
+    two = steps_in(mesh, None, torch.float32, next(folders), **int8)
+    parts, whole = (steps_in((1, 1), None, torch.float32, next(folders), parts=n, **int8)[0] for n in (2, 1))
+    assert two[0]["results"] == two[1]["results"]
+    found, parts, whole = (torch.tensor(run["results"]) for run in (two[0], parts, whole))
+    # Loss and gradient norm of the first step; with scales over all rows, the gradients are others.
+    assert found[0].tolist() == pytest.approx(parts[0].tolist(), rel=1e-6)
+    assert found[0, 0] == pytest.approx(whole[0, 0].item(), rel=1e-6)
+    assert found[0, 1] != pytest.approx(whole[0, 1].item(), rel=1e-5)
+    # Later a value half-way between two integers goes either way where sums are made in another order.
+    torch.testing.assert_close(found, parts, rtol=1e-3, atol=0)
 
 
 @pytest.mark.slow

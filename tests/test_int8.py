@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gemma_xla.config import TrainSection
+from gemma_xla.errors import UserError
 from gemma_xla.model.config import INT8_PRODUCTS
-from gemma_xla.model.int8 import LARGEST, MOST_SUMMED, Int8, int8_dot, int8_linear, quantise
+from gemma_xla.model.int8 import LARGEST, MOST_SUMMED, Int8, _on_gpu, int8_dot, int8_linear, quantise
 from gemma_xla.model.loss import Layout
+from gemma_xla.train.checks import check_int8
 
 ALL = Int8(frozenset(INT8_PRODUCTS), False, int8_dot, lambda x: x, lambda x: x, Layout())
 
@@ -67,8 +70,47 @@ def test_dots_are_exact(left, right, dims, einsum, largest):
     assert torch.equal(result.long(), torch.einsum(einsum, a.long(), b.long()))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (16, 8, 8), (17, 16, 24), (40, 13, 9)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gpu_is_given_shapes_that_it_takes(monkeypatch, shape, turned):
+    def strict(a_MK, b_KN, int_mm=torch._int_mm):
+        # As CUDA's checks in PyTorch 2.9; and the layout of which cuBLAS has kernels for every shape.
+        assert a_MK.shape[0] > 16
+        assert a_MK.shape[1] % 8 == b_KN.shape[1] % 8 == 0
+        assert a_MK.is_contiguous()
+        assert b_KN.T.is_contiguous()
+        return int_mm(a_MK, b_KN)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    (M, N, K), generator = shape, torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (n, K), generator=generator).to(torch.int8) for n in (M, N))
+    if turned:
+        a, b = (x.T.contiguous().T for x in (a, b))
+    result = _on_gpu(a, b)
+    assert result.dtype == torch.int32
+    assert torch.equal(result.long(), a.long() @ b.long().T)
+
+
 def test_what_32_bits_hold():
     assert LARGEST**2 * MOST_SUMMED < 2**31 <= LARGEST**2 * (MOST_SUMMED + 1) + 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "fits"),
+    [
+        (4160, {}, True),
+        (4161, {}, False),
+        (2 * 4160, {"grad_accum": 2}, True),
+        (4161, {"int8_products": ["output", "grad_input"]}, True),
+        (4161, {"precision": "default"}, True),
+    ],
+)
+def test_sums_that_overflow_are_refused(tiny_config, tmp_path, rows, changes, fits):
+    config = tiny_config(tmp_path / "run", "data.seq_len=32")
+    train = TrainSection(**{"steps": 1, "batch_size": rows, "precision": "int8"} | changes)
+    config = config.model_copy(update={"train": train})
+    with nullcontext() if fits else pytest.raises(UserError, match="sums of more than 133144 overflow: raise"):
+        check_int8(config, train.micro_batch_rows(1), 1)
 
 
 def _linear(how: Int8, dtype: torch.dtype = torch.float32):

@@ -18,6 +18,7 @@ import torch
 from gemma_xla import interrupts
 from gemma_xla.backend import Backend
 from gemma_xla.checkpoint import CheckpointReader, complete, newest, read_state
+from gemma_xla.checkpoint.folder import seal
 from gemma_xla.errors import TrainingError, UserError
 from gemma_xla.train import Run, Trainer
 from gemma_xla.train.metrics import read_metrics
@@ -238,6 +239,7 @@ REFUSED = {
     "train.optimizer.clip_norm=0": "train.optimizer.clip_norm (1.0, now 0",
     "train.schedule.warmup_steps=2": "train.schedule.warmup_steps (0, now 2)",
     "train.compute_dtype=bfloat16": "train.compute_dtype (float32, now bfloat16)",
+    "train.precision=int8": "train.precision (default, now int8)",
     "data.seq_len=16": "data.seq_len (32, now 16)",
 }
 
@@ -259,6 +261,23 @@ def test_a_change_that_decides_results_is_refused_by_name_unless_accepted(short,
     assert message.endswith(f"set it back, choose another output_dir, or set checkpoint.accept_changes=[{key}]")
     with Run(tiny_config(short, "train.steps=3", change, f"checkpoint.accept_changes=[{key}]")) as run:
         assert Trainer(run).step == 2
+
+
+@pytest.mark.parametrize("change", [None, "train.precision=int8"])
+def test_a_checkpoint_from_before_a_setting_counts_as_its_default(tiny_config, tmp_path, change):
+    folder = tmp_path / "run"
+    fit(tiny_config(folder, "train.steps=2"))
+    path = complete(folder / "checkpoints")[-1] / "state.json"
+    state = json.loads(path.read_text())
+    for name in ("precision", "int8_products", "int8_rounding", "compile"):
+        del state["config"]["train"][name]
+    path.write_text(seal({name: value for name, value in state.items() if name != "xxh3"}))
+    config = tiny_config(folder, "train.steps=3", *([change] if change else []))
+    if change:
+        with pytest.raises(UserError, match=r"train.precision \(default, now int8\)"), Run(config):
+            pass
+    else:
+        assert fit(config).step == 3
 
 
 def test_all_changes_are_named_at_once(short, tiny_config):
@@ -290,8 +309,9 @@ def test_other_data_is_refused(short, tiny_config, corpus, changes):
 @pytest.mark.parametrize(
     "change",
     [
-        *("train.remat=full", "train.loss_chunk=5", "train.grad_accum=2", "data.prefetch=4", "checkpoint.every=1"),
-        *("eval.batches=1", "export.dtype=bfloat16", "hardware.chip=v5p", "log.sample_prompt=he"),
+        *("train.remat=full", "train.loss_chunk=5", "train.grad_accum=2", "train.compile=false", "data.prefetch=4"),
+        *("checkpoint.every=1", "eval.batches=1", "export.dtype=bfloat16", "hardware.chip=v5p"),
+        "log.sample_prompt=he",
     ],
 )
 def test_what_changes_no_result_may_change(short, tiny_config, change):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -193,3 +195,43 @@ def test_dropout_in_scanned_layers_is_the_same_forwards_and_backwards(base):
     assert results[0]["grad_norms"] == pytest.approx(results[1]["grad_norms"], rel=1e-4)
     without = run_in_process(spec | {"lora": KINDS["plain"], "layers": "scan"})
     assert abs(results[0]["grad_norms"][1] / without["grad_norms"][1] - 1) > 1e-2
+
+
+ROUNDING_IN_A_LOOP = """
+import sys, torch
+from torch import nn
+from gemma_xla.config import MeshSection
+from gemma_xla.model.int8 import Int8, int8_linear
+from gemma_xla.xla import open_backend
+
+backend = open_backend(MeshSection(virtual_devices=1), use_xla=True)
+products = frozenset({"output", "grad_input", "grad_weight"})
+same = lambda x: x
+how = Int8(products, sys.argv[1] == "stochastic", backend.int8_dot, same, same, backend.loss_layout)
+
+class Layer(nn.Module):
+    # Each layer multiplies the same by the same, and is given the same gradient.
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
+
+    def forward(self, h, cos, sin, mask):
+        return h + int8_linear(cos, self.weight, how)
+
+layers = nn.ModuleList([Layer(), Layer(), Layer()]).to(backend.device)
+torch.manual_seed(0)
+h, cos, grad = (torch.randn(2, 256, 8).to(backend.device) for _ in range(3))
+backend.seed(2)
+backend.scan_layers(layers, h.requires_grad_(), cos, cos, None, {}, draws=True).backward(grad)
+backend.flush()
+first, *others = [layer.weight.grad.cpu() for layer in layers]
+print(*(torch.equal(first, other) for other in others), torch.equal(*others))
+"""
+
+
+@pytest.mark.xla
+def test_gradients_are_rounded_anew_in_each_layer_of_a_loop():
+    for rounding, equal in (("nearest", "True True True"), ("stochastic", "False False False")):
+        command = [sys.executable, "-c", ROUNDING_IN_A_LOOP, rounding]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.stdout.splitlines()[-1:] == [equal], done.stderr[-3000:]

@@ -6,8 +6,13 @@ heads per key/value head, H head_dim.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Queries that the CPU works on at a time.
 _QUERIES = 128
@@ -30,6 +35,7 @@ class Mask:
         self.segment_ids_BS = segment_ids_BS
         self.q_index_T = q_index_T
         self._dense: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._blocks: dict[tuple[int, int | None], BlockMask] = {}
 
     @property
     def is_plain_causal(self) -> bool:
@@ -40,6 +46,31 @@ class Mask:
         if (num_keys, window) not in self._dense:
             self._dense[num_keys, window] = self._build(num_keys, window, device)
         return self._dense[num_keys, window]
+
+    def blocks(self, num_keys: int, window: int | None, device: torch.device) -> BlockMask:
+        """The mask of as many queries as keys, in blocks of positions, without those that nobody sees."""
+        # It loads torch's compiler, which takes a second.
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if (num_keys, window) not in self._blocks:
+            segment_ids_BS = self.segment_ids_BS
+
+            def sees(b, _n, t, s):
+                visible = t >= s
+                if window is not None:
+                    visible = visible & (t - s < window)
+                return visible if segment_ids_BS is None else visible & (segment_ids_BS[b, t] == segment_ids_BS[b, s])
+
+            rows = None if segment_ids_BS is None else segment_ids_BS.shape[0]
+            self._blocks[num_keys, window] = create_block_mask(sees, rows, None, num_keys, num_keys, device)
+        return self._blocks[num_keys, window]
+
+    def prepare(self, impl: str, num_keys: int, window: int | None, device: torch.device) -> None:
+        """Build what an implementation needs of it, where queries are as many as keys: compiled code then finds it."""
+        if impl == "flex":
+            self.blocks(num_keys, window, device)
+        else:
+            self.dense(num_keys, window, device)
 
     def _build(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
         # In 32 bits: a TPU has no more.
@@ -113,4 +144,19 @@ def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tenso
     return torch.cat(blocks, dim=2).transpose(1, 2)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "sdpa": _sdpa}
+def _flex(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+    """PyTorch's kernel for masks of blocks, for a GPU: a fused one where what calls it is compiled.
+
+    With a mask of single positions, PyTorch's other fused kernels refuse shared heads or compute what nobody sees.
+    """
+    if mask.q_index_T is not None:
+        return _sdpa(q_BTNH, k_BSKH, v_BSKH, mask, window)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    blocks = mask.blocks(k_BSKH.shape[1], window, q_BTNH.device)
+    q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    shared = q_BTNH.shape[2] != k_BSKH.shape[2]
+    return flex_attention(q_BNTH, k_BKSH, v_BKSH, block_mask=blocks, enable_gqa=shared).transpose(1, 2)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "sdpa": _sdpa, "flex": _flex}

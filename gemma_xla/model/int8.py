@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from gemma_xla.model.kept import kept
 from gemma_xla.model.loss import Layout
 
 LARGEST = 127
@@ -23,6 +25,8 @@ LARGEST = 127
 MOST_SUMMED = (2**31 - 1) // LARGEST**2
 # As many add up exactly in float32.
 _EXACT = 2**24 // LARGEST**2
+# What `torch._int_mm` takes on a GPU: so many rows at least, and multiples of eight.
+_FEWEST, _EIGHT = 17, 8
 
 # Dimensions summed over and dimensions of the batch, of the left and of the right argument.
 Dims = tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
@@ -59,7 +63,7 @@ def quantise(x: torch.Tensor, dim: int, stochastic: bool = False) -> tuple[torch
     scale = x.abs().amax(dim, keepdim=True) / LARGEST
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     x = x / scale
-    x = torch.floor(x + torch.rand_like(x)) if stochastic else torch.round(x)
+    x = torch.floor(x + kept().uniform(x)) if stochastic else torch.round(x)
     return x.clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
@@ -67,7 +71,7 @@ def int8_dot(left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tenso
     """Multiply int8 tensors exactly: batch dimensions first, then what is left of each; int32."""
     left_BMK, right_BNK = (_arranged(x, *own) for x, own in zip((left, right), zip(*dims, strict=True), strict=True))
     if left.device.type == "cuda":
-        result = torch.stack([torch._int_mm(a, b.T) for a, b in zip(left_BMK, right_BNK, strict=True)])
+        result = torch.stack([_on_gpu(a, b) for a, b in zip(left_BMK, right_BNK, strict=True)])
     else:
         result = sum(
             (a.float() @ b.float().mT).to(torch.int32)
@@ -76,6 +80,22 @@ def int8_dot(left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tenso
     kept = [_rest(x, *own) for x, own in zip((left, right), zip(*dims, strict=True), strict=True)]
     batch = [left.shape[i] for i in dims[1][0]]
     return result.view(*batch, *(left.shape[i] for i in kept[0]), *(right.shape[i] for i in kept[1]))
+
+
+def _on_gpu(left_MK: torch.Tensor, right_NK: torch.Tensor) -> torch.Tensor:
+    """``left right^T`` by `torch._int_mm`, which takes more than 16 rows, and everything else by eights.
+
+    Both lie along K in memory: the one layout that cuBLAS has fast kernels for.
+    """
+    M, N = len(left_MK), len(right_NK)
+    left_MK, right_NK = _padded(left_MK, _FEWEST - M), _padded(right_NK, -N % _EIGHT)
+    return torch._int_mm(left_MK, right_NK.T)[:M, :N]
+
+
+def _padded(x_RK: torch.Tensor, rows: int) -> torch.Tensor:
+    """The matrix with so many rows of zeros more, and columns to a multiple of eight: they add nothing to any sum."""
+    columns, rows = -x_RK.shape[1] % _EIGHT, max(0, rows)
+    return F.pad(x_RK, (0, columns, 0, rows)) if rows or columns else x_RK.contiguous()
 
 
 def _rest(x: torch.Tensor, summed: list[int], batch: list[int]) -> list[int]:

@@ -18,6 +18,22 @@ Tensors = tuple[torch.Tensor, ...]
 class Kept:
     """Nothing is kept: everything is computed where it is asked for."""
 
+    def __init__(self, turn: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            turn: a random number from 0 to 1 for a pass of a loop, each of which draws the same numbers.
+        """
+        self._turn = turn
+
+    def uniform(self, x: torch.Tensor) -> torch.Tensor:
+        """Random numbers from 0 to 1, float32, as many as ``x`` has elements."""
+        drawn = torch.rand_like(x, dtype=torch.float32)
+        if self._turn is None:
+            return drawn
+        # On a circle, so that they stay evenly spread.
+        drawn = drawn + self._turn
+        return drawn - torch.floor(drawn)
+
     def compute(self, name: str, function: Callable[[], Tensors]) -> Tensors:
         """Return what ``function`` does, or what it did; inside an autograd function."""
         return function()
@@ -34,7 +50,8 @@ class Kept:
 class Noting(Kept):
     """Notes what ``names`` say, and every random choice, in `values`."""
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], turn: torch.Tensor | None = None) -> None:
+        super().__init__(turn)
         self.names = names
         self.values: dict[str, list[torch.Tensor]] = {}
 
@@ -50,7 +67,7 @@ class Noting(Kept):
         return tensor
 
     def dropout(self, x, p):
-        stays = torch.rand_like(x, dtype=torch.float32) >= p
+        stays = self.uniform(x) >= p
         self.values[f"dropout {len(self.values)}"] = [stays]
         return x * stays / (1 - p)
 
@@ -58,7 +75,8 @@ class Noting(Kept):
 class Replaying(Kept):
     """Gives back what was noted, in the same order."""
 
-    def __init__(self, values: dict[str, list[torch.Tensor]]) -> None:
+    def __init__(self, values: dict[str, list[torch.Tensor]], turn: torch.Tensor | None = None) -> None:
+        super().__init__(turn)
         self.values = values
         self._choices = iter([tensor for name, (tensor, *_) in values.items() if name.startswith("dropout ")])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,26 @@ def check_layers(config: RunConfig, model: GemmaConfig, backend: Backend) -> Non
     if config.train.layers == "scan" and backend.name != "xla":
         raise UserError("train.layers is 'scan', which needs PyTorch/XLA; set it to 'loop' to run without")
     check_scan(config, model)
+
+
+def check_compiler(config: RunConfig, backend: Backend) -> None:
+    """
+    Raises:
+        UserError: torch.compile is asked for where it cannot work.
+    """
+    wanted, on_gpu = config.train.compile, backend.device.type == "cuda"
+    if backend.name == "xla":
+        for key, asked in ("train.compile", wanted is True), ("model.attention", config.model.attention == "flex"):
+            if asked:
+                value = "true" if key == "train.compile" else "'flex'"
+                raise UserError(f"{key} is {value}, but PyTorch/XLA compiles by itself; leave it at 'auto'")
+    elif wanted is True or (wanted == "auto" and on_gpu):
+        variable, names = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++", "clang++"))
+        if not (os.environ.get(variable) or any(map(shutil.which, names))):
+            raise UserError(
+                f"train.compile is {str(wanted).lower()}, and there is no compiler that torch.compile could call "
+                f"({' or '.join(names)}); install one, name it in {variable}, or set train.compile=false"
+            )
 
 
 def check_scan(config: RunConfig, model: GemmaConfig) -> None:

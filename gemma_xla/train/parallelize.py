@@ -34,9 +34,11 @@ def parallelize(
         model: its parameters already placed.
         specs: how each parameter is stored.
         backend: where it runs.
-        section: the config's ``train``: ``precision``, ``remat``, ``layers``.
+        section: the config's ``train``: ``precision``, ``compile``, ``remat``, ``layers``.
         dtype: the compute dtype of matrices; norms keep the dtype they are stored in.
     """
+    if backend.name == "torch":
+        backend.use_compiler(None if section.compile == "auto" else section.compile)
     _constrain_activations(model, backend)
     _suit_compiler(model, backend)
     # While layers are scanned, the first one stands for all: their specs are equal.
@@ -45,6 +47,8 @@ def parallelize(
         own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
         if section.precision == "int8":
             own = _use_int8(layer, own, backend, section)
+        if backend.compiles:
+            _use_compiler(layer, backend)
         _use_as_unit(layer, own, backend, dtype)
         if section.remat == "full" and section.layers == "loop":
             _use_remat(layer, backend)
@@ -53,7 +57,7 @@ def parallelize(
     outer = {name: spec for name, spec in specs.items() if ".layers." not in name}
     _use_as_unit(model, outer, backend, dtype)
     if section.layers == "scan":
-        _use_scan(model, backend, section.kept(len(model.model.layers)))
+        _use_scan(model, backend, section)
     backend.gather_units([*model.model.layers, model], dtype)
 
 
@@ -104,6 +108,20 @@ def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, sectio
     return rest
 
 
+def _use_compiler(layer: nn.Module, backend: Backend) -> None:
+    """Compile a layer, once for all that are equal; what it needs of the mask is made before."""
+    plain, attention = layer.forward, layer.self_attn
+    compiled = backend.compile(plain)
+
+    def forward(h, cos, sin, mask, cache=None):
+        if cache is not None:
+            return plain(h, cos, sin, mask, cache)
+        mask.prepare(attention.impl, h.shape[1], attention.window, h.device)
+        return compiled(h, cos, sin, mask)
+
+    layer.forward = forward
+
+
 @contextmanager
 def _substituted(
     module: nn.Module, names: dict[str, Spec], prepared: Callable[[str, torch.Tensor], torch.Tensor]
@@ -131,8 +149,12 @@ def _use_remat(layer: nn.Module, backend: Backend) -> None:
             return plain(h, cos, sin, mask, cache)
         return backend.remat(plain, h, cos, sin, mask, draws=draws)
 
-    draws = any(isinstance(module, LoraLinear) and module.dropout for module in layer.modules())
+    draws = _drops(layer)
     layer.forward = forward
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(isinstance(part, LoraLinear) and part.dropout > 0 for part in module.modules())
 
 
 def _give_gradient(model: Gemma) -> None:
@@ -143,8 +165,10 @@ def _give_gradient(model: Gemma) -> None:
         )
 
 
-def _use_scan(model: Gemma, backend: Backend, counts: dict[str, int]) -> None:
+def _use_scan(model: Gemma, backend: Backend, section: TrainSection) -> None:
     decoder = model.model
+    counts = section.kept(len(decoder.layers))
+    draws = _drops(decoder) or (section.precision == "int8" and section.int8_rounding == "stochastic")
     for name, module in decoder.layers[0].named_modules():
         if (leaf := name.rpartition(".")[2]) in counts:
             module.register_forward_hook(lambda _m, _args, out, name=leaf: kept().replace(name, out))
@@ -154,7 +178,7 @@ def _use_scan(model: Gemma, backend: Backend, counts: dict[str, int]) -> None:
         attention.o_proj.register_forward_pre_hook(lambda _m, args: kept().replace("attention", *args))
 
     def run_layers(h, cos, sin, mask, cache):
-        return backend.scan_layers(decoder.layers, h, cos, sin, mask.segment_ids_BS, counts)
+        return backend.scan_layers(decoder.layers, h, cos, sin, mask.segment_ids_BS, counts, draws)
 
     rope = decoder.rope
     decoder.rope = lambda position_ids_BT: backend.by_positions(rope, position_ids_BT)

@@ -26,7 +26,7 @@ _FREE = (
     *("output_dir", "seed", "model.", "mesh.", "eval.", "checkpoint.", "export.", "log.", "watch.", "hardware."),
     *("data.train", "data.eval", "data.tokenizer", "data.vocab_size", "data.shuffle", "data.prefetch"),
     *("train.batch_size", "train.grad_accum", "train.compute_dtype"),
-    *("train.remat", "train.keep", "train.layers", "train.loss_chunk"),
+    *("train.remat", "train.keep", "train.layers", "train.loss_chunk", "train.compile"),
 )
 
 

@@ -68,6 +68,7 @@ class Run:
         self.watchdog.compiles = self.backend.compilations_begun
         self.accelerator = self._accelerator()
         checks.check_layers(config, self.model_config, self.backend)
+        checks.check_compiler(config, self.backend)
         self.micro_batch_rows = config.train.micro_batch_rows(self.backend.batch_shards)
         checks.check_int8(config, self.micro_batch_rows, self.backend.batch_shards)
         self.chip, self.num_chips = self._chips()

@@ -39,6 +39,8 @@ class XlaBackend(Backend):
     """All devices of a TPU slice, or several simulated on a CPU, as one mesh."""
 
     name = "xla"
+    # By itself, whatever is recorded.
+    compiles = False
 
     def __init__(self, section: MeshSection) -> None:
         xr.use_spmd()
@@ -153,8 +155,8 @@ class XlaBackend(Backend):
     ) -> tuple[torch.Tensor, ...]:
         return by_positions(function, position_ids_BT)
 
-    def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept: dict[str, int]) -> torch.Tensor:
-        return scan_layers(layers, h, cos, sin, segment_ids, kept)
+    def scan_layers(self, layers: nn.ModuleList, h, cos, sin, segment_ids, kept, draws=False) -> torch.Tensor:
+        return scan_layers(layers, h, cos, sin, segment_ids, kept, draws)
 
     def optimizer_options(self) -> dict[str, bool]:
         # The step count lives on the device: bias correction is part of the graph, not a new constant in each step.

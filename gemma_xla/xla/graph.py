@@ -130,7 +130,7 @@ def by_positions(
 
 
 def scan_layers(
-    layers: nn.ModuleList, h_BTD: torch.Tensor, cos, sin, segment_ids_BT, kept: dict[str, int]
+    layers: nn.ModuleList, h_BTD: torch.Tensor, cos, sin, segment_ids_BT, kept: dict[str, int], draws: bool = False
 ) -> torch.Tensor:
     """Apply equal layers in XLA loops, each compiled once and fed with the stacked parameters of its layers.
 
@@ -139,6 +139,7 @@ def scan_layers(
         h_BTD: what goes into the first layer.
         kept: activations that the backward pass need not compute again (`gemma_xla.model.config.ACTIVATIONS`), and in
             how many of the first layers. Layers that keep the same are one loop.
+        draws: layers use random numbers.
     """
     constants = [x for x in (cos, sin, segment_ids_BT) if x is not None]
     mesh = MeshShape(*xs.get_global_mesh().mesh_shape)
@@ -148,7 +149,7 @@ def scan_layers(
     for start, end in zip([0, *ends], ends, strict=False):
         stacked = [torch.stack([parameters[name] for parameters in per_layer[start:end]]) for name in names]
         keeps = frozenset(name for name, count in kept.items() if count > start)
-        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled(), mesh)
+        loop = _Loop(layers[0], names, keeps, len(constants), torch.is_grad_enabled(), mesh, draws)
         h_BTD = _Layers.apply(loop, h_BTD, *constants, *stacked)
     return h_BTD
 
@@ -161,6 +162,11 @@ class _Loop:
     num_constants: int
     has_backward: bool
     mesh: MeshShape
+    draws: bool
+
+    def turns(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """What makes random numbers differ from layer to layer: with several devices a loop draws the same in each."""
+        return [torch.rand(like.shape[0], device=like.device)] if self.draws else []
 
     def split(self, tensors):
         return tensors[: self.num_constants], tensors[self.num_constants :]
@@ -180,9 +186,10 @@ class _Layers(torch.autograd.Function):
         constants, stacked = loop.split(tensors)
         noted: list[Noting] = []
 
-        def body(carry, weights):
+        def body(carry, x):
             h, *constants = carry
-            noted.append(Noting(loop.kept))
+            turn, weights = x[: loop.draws], x[loop.draws :]
+            noted.append(Noting(loop.kept, *turn))
             with xp.Trace("layer"):
                 out = loop.run(h, constants, weights, noted[-1])
             if not loop.has_backward:
@@ -192,7 +199,8 @@ class _Layers(torch.autograd.Function):
             return [in_rows(out, loop.mesh), *constants], [h * 1, *values]
 
         with Unfilled() as buffers:
-            (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], list(stacked))
+            xs = [*loop.turns(stacked[0]), *stacked]
+            (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], xs)
         ctx.loop, ctx.kept = loop, {name: len(values) for name, values in noted[-1].values.items()}
         ctx.save_for_backward(*constants, *stacked, *kept)
         return h
@@ -206,18 +214,21 @@ class _Layers(torch.autograd.Function):
 
         def body(carry, x):
             grad, *constants = carry
-            h, *rest = x
+            turn, (h, *rest) = x[: loop.draws], x[loop.draws :]
             values, weights = iter(rest[: len(kept)]), [weight.detach() for weight in rest[len(kept) :]]
             given = {name: [next(values) for _ in range(count)] for name, count in ctx.kept.items()}
             h = h.detach().requires_grad_()
             for i in trained:
                 weights[i].requires_grad_()
-            with torch.enable_grad(), xp.Trace("layer_backward"):
-                out = loop.run(h, constants, weights, Replaying(given))
+            noted = Replaying(given, *turn)
+            # Gradients too may be rounded at random.
+            with torch.enable_grad(), using(noted), xp.Trace("layer_backward"):
+                out = loop.run(h, constants, weights, noted)
                 grad_h, *grads = torch.autograd.grad(out, [h, *(weights[i] for i in trained)], grad)
             return [grad_h, *constants], grads
 
         with torch.no_grad():
-            (grad, *_), grads = _scan_impl_flat(body, [grad, *constants], [inputs, *kept, *stacked], reverse=True)
+            xs = [*loop.turns(inputs), inputs, *kept, *stacked]
+            (grad, *_), grads = _scan_impl_flat(body, [grad, *constants], xs, reverse=True)
         by_weight = dict(zip(trained, grads, strict=True))
         return None, grad, *(None for _ in constants), *(by_weight.get(i) for i in range(len(stacked)))
