@@ -221,6 +221,10 @@ class Backend:
         """Graphs compiled so far by this process."""
         return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compiles else 0
 
+    def compilations_begun(self) -> int:
+        """A number that grows when a compilation begins; any thread may ask."""
+        return torch._dynamo.utils.counters["frames"]["total"] if self.compiles else 0
+
 
 class CompiledLayout(Layout):
     """The loss on one device, what is done with each chunk compiled."""
@@ -231,10 +235,6 @@ class CompiledLayout(Layout):
 
     def fold(self, step, carry, chunks):
         return super().fold(self._compile(step), carry, chunks)
-
-    def compilations_begun(self) -> int:
-        """A number that grows when a compilation begins; any thread may ask."""
-        return 0
 
 
 def sum_of_squares(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:

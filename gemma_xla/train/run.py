@@ -26,11 +26,11 @@ from gemma_xla.hf import copy_tokenizer
 from gemma_xla.model.config import GemmaConfig, preset
 from gemma_xla.model.lora import check_lora
 from gemma_xla.storage import reason
-from gemma_xla.temporaries import Step, choose_remat
 from gemma_xla.train import checks, peers
 from gemma_xla.train.environment import environment, loggable, versions
 from gemma_xla.train.folder import RunFolder
 from gemma_xla.train.memory import memory
+from gemma_xla.train.remat import with_remat
 from gemma_xla.train.resume import check_changes, tokenizer_fingerprint
 from gemma_xla.train.watchdog import Watchdog
 from gemma_xla.weights import Weights, fingerprint, open_weights, resolve_base
@@ -77,7 +77,7 @@ class Run:
         parameters, trained = num_parameters(self.model_config), self.flops.num_trainable_parameters
         checks.check_memory(config, rows, parameters, trained, self.compute_dtype, self.backend)
         self.memory = memory(self.model_config, self.backend.mesh, config.lora, self.compute_dtype)
-        config = self.config = self._with_remat()
+        config = self.config = with_remat(self)
         self._check_folder()
         checks.check_export(config, self.model_config, self.folder)
         self.corpus = Corpus(config.data, seed=config.seed)
@@ -229,23 +229,6 @@ class Run:
         """The implementation that computes it."""
         name = self.config.model.attention
         return self.backend.attention(self.model_config.head_dim, self.config.data.seq_len) if name == "auto" else name
-
-    def _with_remat(self) -> RunConfig:
-        """The config with what is computed twice decided by the memory that there is."""
-        config = self.config
-        step = Step(
-            train=config.train,
-            lora=config.lora,
-            model=self.model_config,
-            mesh=self.backend.mesh,
-            seq_len=config.data.seq_len,
-            positions=self.micro_batch_rows // self.backend.batch_shards * config.data.seq_len,
-            itemsize=self.compute_dtype.itemsize,
-            trained=self.memory.trained,
-            held=self.memory.total,
-            uses_splash=self.attention != "reference",
-        )
-        return config.model_copy(update={"train": choose_remat(step, self.chip.hbm_bytes)})
 
     def _with_steps(self, rows: int) -> RunConfig:
         """The config with its number of steps, where it names that of epochs."""
