@@ -85,7 +85,9 @@ def commands(path: Path) -> list[Command]:
     shell = [block for block in blocks(path) if block.language in ("", "sh", "bash", "console")]
     found = [command for block in shell for command in _in_block(block)]
     for span in spans(path):
-        if words := _words(span):
+        words = _words(span)
+        # "python" alone is a language.
+        if words and (words[0] != "python" or any(word.endswith(".py") for word in words)):
             found.append(Command(words, 0))
     return found
 

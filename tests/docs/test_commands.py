@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,8 +17,14 @@ from gemma_xla import cli
 from gemma_xla.config_file import load_config
 from tests.docs.pages import PAGES, ROOT, Command, commands, name
 
-# What stands for any config, and for any number.
-STANDS_FOR = {"CONFIG": "recipes/configs/gemma-2b-pretrain-v5e-256.yaml", "N": "2"}
+# What stands for any config, number, preset and slice.
+STANDS_FOR = {
+    "CONFIG": "recipes/configs/gemma-2b-pretrain-v5e-256.yaml",
+    "N": "2",
+    "NAME": "gemma-2b",
+    "SLICE": "v5e-8",
+}
+RECIPES = ("recipes/pretrain.py", "recipes/finetune.py")
 VERBS = ("plan", "export", "generate", "preview", "flops", "chips")
 # Those that answer at once and read nothing: they are run.
 FAST = ("flops", "chips")
@@ -68,12 +75,16 @@ def gemma_xla(words: list[str]) -> None:
 def launch(words: list[str]) -> None:
     assert words[0] == "launch"
     options = words[1:]
-    script = next((word for word in options if word.endswith(".py")), None)
-    args = parse(launch_command_parser().parse_args, options if script else [*options, "recipes/pretrain.py"])
-    if script:
-        assert (ROOT / script).is_file(), f"there is no {script}"
-        parse(cli.recipe, "", None, args.training_script_args)
-        load(args.training_script_args)
+    started = next((word for word in options if word.endswith(".py")), None)
+    args = parse(launch_command_parser().parse_args, options if started else [*options, RECIPES[0]])
+    if started:
+        recipe(started, args.training_script_args)
+
+
+def recipe(path: str, words: list[str]) -> None:
+    assert path in RECIPES, f"there is no recipe {path}"
+    parse(cli.recipe, "", None, words)
+    load(words)
 
 
 def load(words: list[str]) -> None:
@@ -86,12 +97,17 @@ def load(words: list[str]) -> None:
 
 def python(words: list[str]) -> None:
     if words[0] == "-m":
-        assert words[1] in ("pytest", "venv", "pip", "gemma_xla.cli"), words
-        return
-    script = ROOT / words[0]
-    assert script.is_file(), f"there is no {words[0]}"
+        assert words[1] in ("pytest", "venv"), f"no module {words[1]}"
+    elif words[0] in RECIPES:
+        recipe(words[0], words[1:])
+    else:
+        script(ROOT / words[0], words[1:])
+
+
+def script(path: Path, words: list[str]) -> None:
+    assert path.is_file(), f"there is no {path}"
     for flag in (word for word in words if word.startswith("--")):
-        assert f'"{flag}"' in script.read_text(encoding="utf-8"), f"{words[0]} has no {flag}"
+        assert f'"{flag}"' in path.read_text(encoding="utf-8"), f"{path.name} has no {flag}"
 
 
 def make(words: list[str]) -> None:
@@ -131,7 +147,7 @@ def test_commands_in_pages_are_understood(page):
         ("gemma-xla plan recipes/configs/none.yaml", "none.yaml"),
         ("gemma-xla plan CONFIG --set train.stepz=3", "train.stepz"),
         ("gemma-xla flops gemma-3b", "no preset 'gemma-3b'"),
-        ("accelerate launch recipes/train.py --config CONFIG", "no recipes/train.py"),
+        ("accelerate launch recipes/train.py --config CONFIG", "no recipe recipes/train.py"),
         ("accelerate launch --num_processes=x recipes/pretrain.py --config CONFIG", "invalid int value"),
         ("accelerate launch recipes/pretrain.py --set train.steps=3", "required: --config"),
         ("accelerate launch recipes/pretrain.py --config CONFIG --set train.steps=0", "train.steps is 0"),

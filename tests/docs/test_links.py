@@ -19,7 +19,9 @@ HISTORY = {ROOT / "docs/LOG.md", ROOT / "CHANGELOG.md"}
 # Where a path that a page names may begin.
 HOMES = ("", "gemma_xla", "recipes/configs")
 # They begin as keys of the config do, and are parameters, files or modules.
-NOT_KEYS = re.compile(r"model\.(layers|embed_tokens|norm)\b|.*\.(py|jsonl|json|safetensors|yaml|parquet|txt|md)$")
+NOT_KEYS = re.compile(
+    r"model\.(layers|embed_tokens|norm|config)\b|.*\.(py|jsonl|json|safetensors|yaml|parquet|txt|md)$"
+)
 
 
 def broken_links(page: Path) -> list[str]:
@@ -46,12 +48,9 @@ def keys(section: type[Section], prefix: str = "") -> set[str]:
     """All keys of the config, sections too; those of a source stand under ``data.train`` and ``data.eval``."""
     found = set()
     for key, field in section.model_fields.items():
-        found.add(prefix + key)
-        inner = _as_section(field.annotation)
-        if section is DataSection and key in ("train", "eval"):
-            inner = SourceSection
-        if inner:
-            found |= keys(inner, f"{prefix}{key}.")
+        is_source = section is DataSection and key in ("train", "eval")
+        inner = SourceSection if is_source else _as_section(field.annotation)
+        found |= {prefix + key} | (keys(inner, f"{prefix}{key}.") if inner else set())
     return found
 
 
@@ -86,7 +85,7 @@ def test_paths_and_keys_are_there(page):
 def test_every_page_of_docs_is_in_the_index():
     listed = [(INDEX.parent / link).resolve() for link in links(INDEX) if "#" not in link and "://" not in link]
     pages = [path for path in PAGES if path.parent == INDEX.parent and path != INDEX]
-    assert sorted(path for path in listed if path in pages) == pages
+    assert sorted({path for path in listed if path in pages}) == pages
 
 
 def test_what_is_wrong_is_found(tmp_path):
