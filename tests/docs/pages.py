@@ -58,6 +58,12 @@ def blocks(path: Path) -> list[Block]:
     return [Block(tuple(token.info.split()), token.content, token.map[0] + 1) for token in fences]
 
 
+def pairs(path: Path) -> Iterator[tuple[Block, Block]]:
+    """Each block of a page with the one behind it."""
+    found = blocks(path)
+    return zip(found, [*found[1:], Block((), "", 0)], strict=False)
+
+
 def links(path: Path) -> list[str]:
     """Where links and images point to."""
     return [t.attrs["href"] for t in inline(path, "link_open")] + [t.attrs["src"] for t in inline(path, "image")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, Block, blocks, name
+from tests.docs.pages import PAGES, ROOT, Block, blocks, name, pairs
 from tests.test_finetune import examples, given, tuned  # noqa: F401 (fixtures)
 
 
@@ -23,8 +23,7 @@ def run_page(page: Path, namespace: dict, *, slow: bool = False) -> None:
 
     Without ``slow`` those that are marked so are left out.
     """
-    found = blocks(page)
-    for block, following in zip(found, [*found[1:], Block((), "", 0)], strict=True):
+    for block, following in pairs(page):
         if block.language == "python" and (slow or "slow" not in block.marks):
             printed = run(block, page, namespace)
             if "output" in following.marks:

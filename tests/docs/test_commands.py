@@ -97,7 +97,7 @@ def load(words: list[str]) -> None:
 
 def python(words: list[str]) -> None:
     if words[0] == "-m":
-        assert words[1] in ("pytest", "venv"), f"no module {words[1]}"
+        assert words[1] in ("pytest", "venv", "tests.docs.update"), f"no module {words[1]}"
     elif words[0] in RECIPES:
         recipe(words[0], words[1:])
     else:
