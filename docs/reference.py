@@ -78,11 +78,11 @@ def _comments(section: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def build(out: Path) -> None:
-    """Write the reference as a folder of HTML."""
+def build(out: Path, search: bool = True) -> None:
+    """Write the reference as a folder of HTML, with an index to search or without."""
     for name in PUBLIC:
         load(name)
-    pdoc.render.configure(docformat="google", footer_text="gemma_xla")
+    pdoc.render.configure(docformat="google", footer_text="gemma_xla", search=search)
     pdoc.pdoc(*PUBLIC, output_directory=out)
 
 
