@@ -36,6 +36,8 @@ def check(command: Command) -> None:
         Exception: the program would not take the command, or prints something else than the page says.
     """
     program, *words = (STANDS_FOR.get(word, word) for word in command.words)
+    # Which file systems can be opened depends on what is installed here.
+    words = [re.sub(r"^(gs|s3):/", "", word) for word in words]
     if words:
         {"gemma-xla": gemma_xla, "accelerate": launch, "python": python, "make": make, "pip": pip}[program](words)
     if program == "gemma-xla" and words and words[0] in FAST and (words[1:] or command.output):
