@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
@@ -98,6 +99,10 @@ class Backend:
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor``; a compiler may not join what makes its gradient with what uses that."""
         return tensor
+
+    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return ``gelu(gate) * up``, with gelu in its tanh form."""
+        return F.gelu(gate, approximate="tanh") * up
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
         """Multiply int8 tensors, summing in int32 (`gemma_xla.model.int8.int8_dot`)."""

@@ -112,7 +112,11 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(F_, D, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x_BTD), approximate="tanh") * self.up_proj(x_BTD))
+        return self.down_proj(self.gated(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+
+    def gated(self, gate_BTF: torch.Tensor, up_BTF: torch.Tensor) -> torch.Tensor:
+        """What the last product takes. A method of its own so that a device's own gradient can take its place."""
+        return F.gelu(gate_BTF, approximate="tanh") * up_BTF
 
 
 class GemmaDecoderLayer(nn.Module):

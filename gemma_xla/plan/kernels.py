@@ -1,10 +1,11 @@
 """What Pallas kernels cost, for which the compiler states no cycles.
 
-The table holds what splash attention needs for one block of 1024 queries and 1024 keys (computed 512 keys at a time,
-head dimension 256), read from the compiler's own schedule of the kernels: bundles of the inner loop in the dumps of
-libtpu 0.0.21 (``LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"``), 2026-11. The blocks that run
-are taken to be those of a causal mask, n (n + 1) / 2 of n x n; blocks that are stepped over count nothing. Kernels of
-other names, sizes and chips have no price.
+The table holds what attention needs for one block of 1024 queries and 1024 keys (computed 512 keys at a time, head
+dimension 256), read from the compiler's own schedule of the kernels: bundles of the inner loop in the dumps of
+libtpu 0.0.21 (``LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"``), 2026-11. The blocks that
+splash attention runs are taken to be those of a causal mask, n (n + 1) / 2 of n x n; blocks stepped over count
+nothing. The kernel of gradients (`gemma_xla.xla.flash_backward`) takes a table of blocks; what it does once for each
+block of keys is in the price of a block, at 8 of them to a row. Kernels of other names, sizes and chips have no price.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ _BLOCK, _HEAD_DIM = 1024, 256
 _FORWARD = r"residuals_block_kv_1024_block_kv_compute_512_.*_block_q_1024_"
 _KEYS = r"block_kv_dkv_1024_block_kv_dkv_compute_512_block_q_dkv_1024_"
 _QUERIES = r"block_kv_dq_1024_block_q_dq_1024_"
+# Of our own kernel, by chip; with segments, which cost nothing to speak of.
+_FLASH_BACKWARD = re.compile(r"(vmap_)*flash_backward_(segmented_)?1024_512(?!\d)")
+_FLASH_TABLES = 5
+_FLASH_CYCLES = {"v5e": 21780, "v5p": 22250}
 # By chip: the name after "splash_mha_" or "splash_mqa_", the arrays it returns (scratch included: the fused backward
 # kernel has more), cycles of one core.
 _CYCLES = {
@@ -50,16 +55,33 @@ def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -
 
     Args:
         instruction: the custom call.
-        operands: the arrays it takes: two of the mask, queries ``[rows and groups, heads, sequence, head_dim]``, ...
+        operands: the arrays it takes: two of the mask, or five of blocks; queries ``[rows and groups, heads,
+            sequence, head_dim]``, ...
         chip: what it runs on.
     """
+    if _FLASH_BACKWARD.match(instruction.name):
+        return _flash_cycles(operands[0], operands[_FLASH_TABLES], chip)
     for name, results, cycles in _CYCLES.get(chip.name, ()):
         if re.match(rf"(vmap_)*splash_m[hq]a_{name}", instruction.name) and len(instruction.arrays) == results:
             *heads, num_queries, head_dim = operands[2].dims
             if head_dim == _HEAD_DIM and operands[3].dims[-2] == num_queries and num_queries % _BLOCK == 0:
                 side = num_queries // _BLOCK
-                # Cores share out what a kernel declares independent: rows, groups of heads and, in the forward kernel,
-                # heads (seen in the trips of each core's loop).
-                cores = math.gcd(int(chip.cores.value), math.prod(heads if name.startswith("fwd") else heads[:-1]))
+                # The forward kernel declares heads independent too.
+                cores = _cores(chip, heads if name.startswith("fwd") else heads[:-1])
                 return math.prod(heads) * side * (side + 1) // 2 * cycles / cores
     return None
+
+
+def _flash_cycles(table: Array, queries: Array, chip: Chip) -> float | None:
+    *heads, _, head_dim = queries.dims
+    if head_dim != _HEAD_DIM or chip.name not in _FLASH_CYCLES:
+        return None
+    return math.prod(heads) * table.num_elements * _FLASH_CYCLES[chip.name] / _cores(chip, heads[:-1])
+
+
+def _cores(chip: Chip, independent: list[int]) -> int:
+    """How many cores share out what a kernel declares independent, as rows and groups of heads are.
+
+    Seen in the trips of each core's loop.
+    """
+    return math.gcd(int(chip.cores.value), math.prod(independent))

@@ -20,7 +20,7 @@ from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.model.int8 import Int8, int8_linear
 from gemma_xla.model.kept import kept
-from gemma_xla.model.layers import RMSNorm
+from gemma_xla.model.layers import GemmaMLP, RMSNorm
 from gemma_xla.model.lora import LoraLinear, is_adapter
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
 
@@ -175,5 +175,7 @@ def _constrain_activations(model: Gemma, backend: Backend) -> None:
 def _fence_products(model: Gemma, backend: Backend) -> None:
     """Keep the norms' backward pass out of the matrix products before it, which a TPU does slower with it inside."""
     for module in model.modules():
+        if isinstance(module, GemmaMLP):
+            module.gated = backend.gated_gelu
         if isinstance(module, RMSNorm):
             module.register_forward_hook(lambda _m, _args, out: backend.fence_gradient(out))

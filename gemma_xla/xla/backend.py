@@ -25,7 +25,7 @@ from gemma_xla.model.config import splash_takes
 from gemma_xla.model.int8 import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, resolve_mesh
 from gemma_xla.xla.attention import use_splash
-from gemma_xla.xla.graph import Constrain, Fence, MeshLayout, by_positions, scan_layers
+from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, scan_layers
 from gemma_xla.xla.int8 import int8_dot
 from gemma_xla.xla.tpu import is_for_tpu
 
@@ -132,6 +132,9 @@ class XlaBackend(Backend):
 
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         return Fence.apply(tensor)
+
+    def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return GatedGelu.apply(gate, up)
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
         return int8_dot(left, right, dims, self.mesh)

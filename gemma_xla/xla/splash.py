@@ -1,4 +1,5 @@
-"""Splash attention: JAX's flash attention for TPUs (arXiv:2205.14135, a Pallas kernel), over a mesh of devices.
+"""Splash attention: JAX's flash attention for TPUs (arXiv:2205.14135, a Pallas kernel), over a mesh of devices;
+gradients are by a kernel of our own where the chip has room for it (`gemma_xla.xla.flash_backward`).
 
 Scores never leave the chip's fast memory: what a backward pass needs beside its inputs is the output and, for each
 query, the logarithm of the softmax's sum. Blocks that no query may see are left out.
@@ -8,6 +9,7 @@ Shape letters: B batch rows, N query heads, K key/value heads, T positions, H he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,11 +19,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from gemma_xla.sharding import BATCH, MeshShape
+from gemma_xla.xla.flash_backward import fits, flash_backward
 from gemma_xla.xla.tpu import over_mesh
 
-# Gradients of queries, keys and values come from kernels of their own: one kernel for all adds up partial results of
-# the queries in memory, and needs room for them.
-_FORWARD, _BACKWARD = (1024, 1024, 512), (1024, 1024, 512)
+# Positions in a block of queries, in one of keys, and in the part of it that is computed at a time.
+_BLOCKS = (1024, 1024, 512)
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,7 @@ class Attention:
             groups = self.groups
             if q.shape[0] % groups or (self.kv_heads > 1 and k.shape[0] % groups):
                 groups = 1
-            made = self._kernel(q.shape[0] // groups)
-            options = self._options(made)
-            options["save_residuals"] = False
-
-            def one_group(q, k, v, out, lse, grad):
-                residuals = q, *map(self._heads_of, (k, v)), _segment_ids(segments), None, out, lse
-                grads = kernel._splash_attention_bwd(
-                    *(options[name] for name in _BACKWARD_OPTIONS),
-                    (*residuals, made.dq_mask_info, made.dkv_mask_info),
-                    grad,
-                )
-                dq, dk, dv = (x.astype(q.dtype) for x in grads[3:6])
-                return dq, *(x[None] if self.kv_heads == 1 else x for x in (dk, dv))
+            one_group = functools.partial(self._one_group, segments)
 
             q, out, lse, grad = (x.reshape(groups, -1, *x.shape[1:]) for x in (q, out, lse, grad))
             if self.kv_heads == 1:
@@ -100,6 +90,19 @@ class Attention:
 
         heads, keys, rows = self._specs()
         return self._over_mesh(one_row, (heads, keys, keys, heads, rows, heads), (heads, keys, keys))
+
+    def _one_group(self, segments: tuple, q, k, v, out, lse, grad) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if fits(self.positions, q.shape[-1]):
+            block, _, part = (_block(size, self.positions) for size in _BLOCKS)
+            options = {"window": self.window, "blocks": (block, part), "interpret": self.interpret}
+            return flash_backward(q, k, v, out, lse, grad, *(segments or (None,)), **options)
+        made = self._kernel(q.shape[0])
+        options = self._options(made) | {"save_residuals": False}
+        residuals = q, *map(self._heads_of, (k, v)), _segment_ids(segments), None, out, lse
+        given = (*residuals, made.dq_mask_info, made.dkv_mask_info)
+        grads = kernel._splash_attention_bwd(*(options[name] for name in _BACKWARD_OPTIONS), given, grad)
+        dq, dk, dv = (x.astype(q.dtype) for x in grads[3:6])
+        return dq, *(x[None] if self.kv_heads == 1 else x for x in (dk, dv))
 
     def _over_mesh(self, one_row: Callable, inputs: tuple, outputs: tuple) -> Callable:
         if self.segmented:
@@ -144,11 +147,11 @@ def _segment_ids(segments: tuple) -> kernel.SegmentIds | None:
 def _kernel(heads: int, is_mqa: bool, positions: int, window: int | None, interpret: bool):
     square = (positions, positions)
     mask = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
-    forward, backward = ([_block(size, positions) for size in sizes] for sizes in (_FORWARD, _BACKWARD))
-    queries, keys, _ = backward
+    blocks = [_block(size, positions) for size in _BLOCKS]
+    queries, keys, _ = blocks
     return kernel._make_splash_attention(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=kernel.BlockSizes(*forward, *backward, block_q_dq=queries, block_kv_dq=keys),
+        block_sizes=kernel.BlockSizes(*blocks, *blocks, block_q_dq=queries, block_kv_dq=keys),
         is_mqa=is_mqa,
         head_shards=1,
         q_seq_shards=1,

@@ -290,6 +290,33 @@ def test_two_cores_share_what_is_independent(heads, cores):
     assert found.seconds == pytest.approx(math.prod(map(int, heads.split(","))) * one_head / cores)
 
 
+@pytest.mark.parametrize(
+    ("chip", "heads", "blocks", "cycles_each", "cores"),
+    [
+        ("v5e", "8", 36, 21780, 1),
+        ("v5e", "1,1,8", 15, 21780, 1),
+        ("v5p", "1,2,4", 36, 22250, 2),
+        ("v5p", "1,8", 36, 22250, 1),
+    ],
+)
+def test_the_kernel_of_gradients_has_a_price(chip, heads, blocks, cycles_each, cores):
+    # As many blocks as its tables name: fewer with a window.
+    lines = (
+        f"%t = s32[{blocks}] parameter(0)",
+        f"%q = bf16[{heads},8192,256] parameter(1)",
+        "%vmap_flash_backward_segmented_1024_512__.7 = (bf16[8,8192,256], bf16[8192,256], bf16[8192,256]) "
+        'custom-call(%t, %t, %t, %t, %t, %q), custom_call_target="tpu_custom_call"',
+    )
+    text = "\n  ".join(lines)
+    found = estimate(f"ENTRY %main () -> f32[] {{\n  {text}\n}}\n", CHIPS[chip], MeshShape(1, 4))
+    expected = 8 * blocks * cycles_each / cores / CHIPS[chip].clock.value
+    assert found.parts["attention"] == found.seconds == pytest.approx(expected)
+    other = estimate(
+        f"ENTRY %main () -> f32[] {{\n  {text.replace('256]', '128]')}\n}}\n", CHIPS[chip], MeshShape(1, 4)
+    )
+    assert other.unpriced == ["vmap_flash_backward_segmented_1024_512__: 1"]
+
+
 def test_a_kernel_beside_a_collective_is_still_paid_for():
     inside = "\n  ".join(kernel())
     computations = f"%beside () -> f32[8] {{\n  {inside}\n  ROOT %z = f32[8] add()\n}}\n"
