@@ -85,8 +85,10 @@ def launch(words: list[str]) -> None:
 
 def recipe(path: str, words: list[str]) -> None:
     assert path in RECIPES, f"there is no recipe {path}"
-    parse(cli.recipe, "", None, words)
-    load(words)
+    # Without arguments it is named rather than run.
+    if words:
+        parse(cli.recipe, "", None, words)
+        load(words)
 
 
 def load(words: list[str]) -> None:
