@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help pretrain finetune test test-xla test-aot test-slow soak lint clean
+.PHONY: help pretrain finetune test test-xla test-aot test-slow soak lint docs clean
 help:
 	@echo "make pretrain   train a small Gemma on Python's standard library, on four simulated devices (about 6 minutes)"
 	@echo "make finetune   teach that model to write docstrings, with LoRA (about 3 minutes, and 6 if it is not there yet)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  run the tests of large shapes and whole runs"
 	@echo "make soak       interrupt an hour of the quickstart in every way and compare the outcome (2.5 hours)"
 	@echo "make lint       check style"
+	@echo "make docs       build the reference of the public API, into build/docs"
 
 pretrain: $(READY)
 	$(BIN)/accelerate launch recipes/pretrain.py --config recipes/configs/quickstart.yaml
@@ -40,6 +41,9 @@ soak: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(READY)
+	$(BIN)/python docs/reference.py build/docs
 
 # .venv/.begun marks an environment that this file made. One that was begun but never got ready is made anew: what an
 # interrupted installation left behind looks installed but is not. An environment made by somebody else is only added to.

@@ -73,7 +73,8 @@ class Document(NamedTuple):
 class Documents(Protocol):
     """Hands out the documents of each lane by number; None: there are no more."""
 
-    def get(self, lane: int, cursor: int) -> Document | None: ...
+    def get(self, lane: int, cursor: int) -> Document | None:
+        """Return document number ``cursor`` of a lane."""
 
 
 class Lane:

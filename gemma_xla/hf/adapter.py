@@ -50,6 +50,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter as peft writes it."""
     return (folder / ADAPTER.config).is_file()
 
 
