@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
+from gemma_xla.backend import Backend
+from gemma_xla.chips import Chip
 from gemma_xla.config import RunConfig
+from gemma_xla.model.config import GemmaConfig
 from gemma_xla.temporaries import Step, choose_remat
-
-if TYPE_CHECKING:
-    from gemma_xla.train.run import Run
+from gemma_xla.train.memory import Memory
 
 
-def with_remat(run: Run) -> RunConfig:
-    """The config of a run whose devices are known, with ``train.remat: auto`` resolved."""
-    config = run.config
+def with_remat(
+    config: RunConfig,
+    model: GemmaConfig,
+    backend: Backend,
+    chip: Chip,
+    memory: Memory,
+    *,
+    rows: int,
+    dtype: torch.dtype,
+    attention: str,
+) -> RunConfig:
+    """A run's config with ``train.remat: auto`` resolved.
+
+    Args:
+        memory: what each device keeps from step to step.
+        rows: of a micro-batch over the whole mesh.
+        dtype: the compute dtype.
+        attention: a key of `gemma_xla.model.attention.IMPLEMENTATIONS`.
+    """
     step = Step(
         train=config.train,
         lora=config.lora,
-        model=run.model_config,
-        mesh=run.backend.mesh,
+        model=model,
+        mesh=backend.mesh,
         seq_len=config.data.seq_len,
-        positions=run.micro_batch_rows // run.backend.batch_shards * config.data.seq_len,
-        itemsize=run.compute_dtype.itemsize,
-        trained=run.memory.trained,
-        held=run.memory.total,
-        uses_splash=run.attention != "reference",
+        positions=rows // backend.batch_shards * config.data.seq_len,
+        itemsize=dtype.itemsize,
+        trained=memory.trained,
+        held=memory.total,
+        uses_splash=attention != "reference",
     )
-    return config.model_copy(update={"train": choose_remat(step, run.chip.hbm_bytes)})
+    return config.model_copy(update={"train": choose_remat(step, chip.hbm_bytes)})
