@@ -198,7 +198,7 @@ def test_the_end_of_one_process_is_that_of_the_others(tiny_file, tmp_path, where
 @pytest.mark.slow
 def test_a_process_that_stands_still_ends_the_others(tiny_file, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    given = arguments(tiny_file(folder), *LONG, "watch={hang_floor: 15, hang_limit: 200}")
+    given = arguments(tiny_file(folder), *LONG, "watch={hang_floor: 15, hang_limit: 60}")
     processes = runs.start_several(2, runs.pretrain, given, log)
     wait_for_steps(folder, 20, processes[0])
     os.kill(processes[1].pid, signal.SIGSTOP)
@@ -206,9 +206,9 @@ def test_a_process_that_stands_still_ends_the_others(tiny_file, tmp_path):
     assert processes[0].exitcode == 4
     processes[1].kill()
     processes[1].join()
-    assert "error: hung: waiting for step " in log.read_text()
+    assert "error: hung: " in log.read_text()  # at a step or, where it had just begun, at a save
     stacks = (folder / "hang-0.txt").read_text()
-    assert "more than 15 s (watch.hang_floor)" in stacks and "all_reduce" in stacks
+    assert "(watch.hang_" in stacks and "distributed_c10d.py" in stacks
     steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl")]
     last = read_state(complete(folder / "checkpoints")[-1])["step"]
     assert steps[-1] - 6 <= last <= steps[-1]
