@@ -124,13 +124,16 @@ def test_a_traced_step_is_that_of_plain_pytorch(case):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("lora", [None], ids=["all"])
+@pytest.mark.parametrize("lora", [None, DROPOUT], ids=["all", "lora"])
 def test_a_compiled_step_is_that_of_plain_pytorch(lora):
     # Without dropout: compiled code draws other random numbers.
     plain = lora and lora.model_copy(update={"dropout": 0.0})
     expected, _ = steps(None, "sdpa", plain, remat="full")
     found, compiled = steps("inductor", "sdpa", plain, remat="full")
-    assert found == pytest.approx(expected, rel=1e-5)
+    # Adam's first update of an adapter is little more than its gradient's sign, which may go either way where that is all
+    # but 0: what follows is compared up to the next loss.
+    numbers = 3 if lora else None
+    assert found[:numbers] == pytest.approx(expected[:numbers], rel=1e-5)
     assert compiled[1:] == [0, 0]
     if lora:
         # What is computed again drops out the same.
