@@ -130,8 +130,8 @@ def test_a_compiled_step_is_that_of_plain_pytorch(lora):
     plain = lora and lora.model_copy(update={"dropout": 0.0})
     expected, _ = steps(None, "sdpa", plain, remat="full")
     found, compiled = steps("inductor", "sdpa", plain, remat="full")
-    # Adam's first update of an adapter is little more than its gradient's sign, which may go either way where that is all
-    # but 0: what follows is compared up to the next loss.
+    # Adam's first update of an adapter is little more than its gradient's sign, which may go either way where that is
+    # all but 0: what follows is compared up to the next loss.
     numbers = 3 if lora else None
     assert found[:numbers] == pytest.approx(expected[:numbers], rel=1e-5)
     assert compiled[1:] == [0, 0]
