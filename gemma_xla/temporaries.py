@@ -16,21 +16,29 @@ from gemma_xla.model.config import GemmaConfig
 from gemma_xla.sharding import MeshShape
 
 _FLOAT32 = 4
-# What of the config's `train` says how much is kept, most first: all there is; of each layer what costs most to compute
-# again for its size (by the TPU compiler's account: docs/LOG.md, 2026-11-28); or nothing. With "loop" nothing is kept
-# by name.
-KEPT: dict[str, list[dict[str, Any]]] = {
-    "scan": [
-        {"remat": "none", "keep": {}},
-        {"remat": "full", "keep": {"attention": "all", "gate_proj": "all"}},
-        {"remat": "full", "keep": {"attention": "all"}},
-        {"remat": "full", "keep": {}},
-    ],
-    "loop": [{"remat": "none", "keep": {}}, {"remat": "full", "keep": {}}],
-}
 # Of a device's memory, what the least that a step takes may come to. Compilers took 0.3 to 3.2 GiB on top of that, and
 # keep some for themselves.
 _FILL = 0.8
+# What of the config's `train` says how much is kept, most first: all there is; of each layer what costs most to compute
+# again for its size; or nothing (by the TPU compiler's account: docs/LOG.md, 2026-11-28). With products in 8 bits
+# computing again takes half as long, and no longer than fetching what was kept in the layout that these need.
+_ATTENTION = {"remat": "full", "keep": {"attention": "all"}}
+_SCANNED: list[dict[str, Any]] = [
+    {"remat": "none", "keep": {}},
+    {"remat": "full", "keep": {"attention": "all", "gate_proj": "all"}},
+    _ATTENTION,
+    {"remat": "full", "keep": {}},
+]
+
+
+def kept_choices(train: TrainSection) -> list[dict[str, Any]]:
+    """Values of ``remat`` and ``keep`` to choose from, the fastest first, which need most memory.
+
+    Layers that are a loop in Python keep nothing by name.
+    """
+    if train.layers == "loop":
+        return [choice for choice in _SCANNED if not choice["keep"]]
+    return _SCANNED if train.precision == "default" else _SCANNED[_SCANNED.index(_ATTENTION) :]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def choose_remat(step: Step, hbm_bytes: Sourced | None) -> TrainSection:
     """
     if step.train.remat != "auto":
         return step.train
-    choices = [step.train.model_copy(update=choice) for choice in KEPT[step.train.layers]]
+    choices = [step.train.model_copy(update=choice) for choice in kept_choices(step.train)]
     if hbm_bytes is None:
         return choices[0]
     room = _FILL * hbm_bytes.value

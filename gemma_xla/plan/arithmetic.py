@@ -15,7 +15,7 @@ from typing import Any
 from gemma_xla.chips import CHIPS, Chip, Sourced
 from gemma_xla.errors import UserError
 from gemma_xla.plan.result import HbmUse
-from gemma_xla.plan.settings import Settings, Variants, kept_choices, settings_of, tensor_sizes
+from gemma_xla.plan.settings import Settings, Variants, settings_of, tensor_sizes
 from gemma_xla.plan.setup import Setup
 from gemma_xla.plan.step_time import step_time
 from gemma_xla.plan.units import gib
@@ -81,7 +81,7 @@ def advice(setup: Setup, memory: HbmUse) -> list[str]:
         """Of each kind the mildest change that suffices, or else the strongest."""
         return [next((o for o in found if o.fits), found[-1]) for kind in kinds if (found := options(kind))]
 
-    here = _changes(setup, base)
+    here = _changes(setup, variants, base)
     found = best(here)
     if not any(option.fits for option in found):
         product = itertools.product(*([{}, *kind] for kind in here))
@@ -139,7 +139,7 @@ def _option(
     return _Option(settings, settings.keys(base), changed, dollars)
 
 
-def _changes(setup: Setup, base: Settings) -> list[list[dict[str, Any]]]:
+def _changes(setup: Setup, variants: Variants, base: Settings) -> list[list[dict[str, Any]]]:
     """Changes on the same slice by kind, mild ones first."""
     count, devices = setup.hardware.count, base.fsdp * base.tensor
     batches = [base.batch_size_per_device // 2**k for k in range(1, base.batch_size_per_device.bit_length())]
@@ -151,15 +151,15 @@ def _changes(setup: Setup, base: Settings) -> list[list[dict[str, Any]]]:
     return [
         [{"loss_chunk": chunk} for chunk in chunks],
         [{"batch_size_per_device": rows} for rows in batches],
-        _keeping_less(base),
+        _keeping_less(variants, base),
         [{"layers": "loop"}] if base.layers == "scan" else [],
         meshes,
     ]
 
 
-def _keeping_less(base: Settings) -> list[dict[str, Any]]:
+def _keeping_less(variants: Variants, base: Settings) -> list[dict[str, Any]]:
     """What may be kept that is less than what is kept."""
-    choices = kept_choices(base)
+    choices = variants.kept_choices
     own = {"remat": base.remat, "keep": base.keep}
     return choices[choices.index(own) + 1 :] if own in choices else choices[-1:] * bool(base.keep)
 

@@ -12,7 +12,7 @@ from gemma_xla.errors import UserError
 from gemma_xla.plan.setup import Setup, prepare
 from gemma_xla.plan.slices import Hardware, hardware
 from gemma_xla.sharding import MeshShape
-from gemma_xla.temporaries import KEPT
+from gemma_xla.temporaries import kept_choices
 
 if TYPE_CHECKING:
     from gemma_xla.train.memory import Memory
@@ -61,6 +61,8 @@ class Variants:
         # What the weights take does not depend on more than the mesh, and takes long to add up.
         self._memory: dict[MeshShape, Memory | UserError] = {}
 
+        self.kept_choices = [choice | {"keep": tuple(choice["keep"].items())} for choice in kept_choices(config.train)]
+
     def setup(self, settings: Settings) -> Setup:
         """
         Raises:
@@ -100,11 +102,6 @@ def settings_of(config: RunConfig, where: Hardware) -> Settings:
         layers=train.layers,
         loss_chunk=train.loss_chunk,
     )
-
-
-def kept_choices(settings: Settings) -> list[dict[str, Any]]:
-    """The fields of `Settings` that say what is kept of activations, those that keep most first."""
-    return [choice | {"keep": tuple(choice["keep"].items())} for choice in KEPT[settings.layers]]
 
 
 def tensor_sizes(where: Hardware) -> list[int]:

@@ -7,14 +7,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gemma_xla.chips import cost
 from gemma_xla.config import RunConfig
 from gemma_xla.errors import UserError
 from gemma_xla.plan.arithmetic import bounds
 from gemma_xla.plan.result import HbmUse, Plan
-from gemma_xla.plan.settings import Settings, Variants, kept_choices, settings_of, tensor_sizes
+from gemma_xla.plan.settings import Settings, Variants, settings_of, tensor_sizes
 from gemma_xla.plan.setup import Setup, prepare
 from gemma_xla.plan.slices import Hardware
 from gemma_xla.plan.step_time import step_time
@@ -146,7 +146,7 @@ class _Search:
 
     def add(self, own: Settings, where: Hardware) -> None:
         """Queue what may fit on a slice."""
-        for settings in _candidates(own, where):
+        for settings in _candidates(own, where, self.variants.kept_choices):
             try:
                 setup = self.variants.setup(settings)
             except UserError as error:
@@ -192,11 +192,10 @@ class _Search:
         return least.used + least.temporaries * (excess - 1) > least.available
 
 
-def _candidates(own: Settings, where: Hardware) -> Iterator[Settings]:
+def _candidates(own: Settings, where: Hardware, kept: list[dict[str, Any]]) -> Iterator[Settings]:
     """Every way to share a slice's chips out in powers of two, each with all batch sizes and all that may be kept."""
     chips = where.slice.num_chips
-    counts, policies = range(chips.bit_length()), kept_choices(own)
-    for tensor, power, rows, policy in itertools.product(tensor_sizes(where), counts, _ROWS, policies):
+    for tensor, power, rows, policy in itertools.product(tensor_sizes(where), range(chips.bit_length()), _ROWS, kept):
         copies = 2**power
         if chips % (copies * tensor):
             continue

@@ -60,7 +60,7 @@ SMALL = a_config(SHALLOW, "train.batch_size=32", "train.batch_size_per_device=nu
 def everything(config, name, ask):
     """All candidates, planned one by one."""
     where, variants, plans = hardware(config, name), Variants(config), {}
-    for settings in _candidates(settings_of(config, where), where):
+    for settings in _candidates(settings_of(config, where), where, Variants(config).kept_choices):
         try:
             setup = variants.setup(settings)
         except UserError:
@@ -81,7 +81,7 @@ def test_pruning_loses_nothing(name, excess):
     assert speeds == sorted(speeds, reverse=True)
     # Something was saved: what cannot fit was not asked for, and all are accounted for.
     assert len(tuning.rows) + sum(tuning.pruned.values()) == len(
-        list(_candidates(tuning.base[0], hardware(SMALL, name)))
+        list(_candidates(tuning.base[0], hardware(SMALL, name), Variants(SMALL).kept_choices))
     )
     if excess > 2:
         assert len(tuning.rows) < len(plans)
@@ -104,18 +104,18 @@ def test_rows_per_step_are_kept_where_micro_batches_can_make_them_up():
     where = hardware(SMALL, "v5e-8")
     own = settings_of(SMALL, where)
     assert (own.rows, own.batch_size_per_device, own.grad_accum) == (32, 4, 1)
-    for settings in _candidates(own, where):
+    for settings in _candidates(own, where, Variants(SMALL).kept_choices):
         micro_batch = settings.batch_size_per_device * settings.data * settings.fsdp
         assert settings.rows == max(32, micro_batch)
         assert settings.rows <= 4 * 32
         assert settings.data * settings.fsdp * settings.tensor == 8
-    assert {s.tensor for s in _candidates(own, where)} == {1, 2, 4, 8}
+    assert {s.tensor for s in _candidates(own, where, Variants(SMALL).kept_choices)} == {1, 2, 4, 8}
 
 
 def test_several_hosts_allow_no_tensor_axis():
     config = a_config()
     where = hardware(config, "v5e-256")
-    assert {s.tensor for s in _candidates(settings_of(config, where), where)} == {1}
+    assert {s.tensor for s in _candidates(settings_of(config, where), where, Variants(config).kept_choices)} == {1}
 
 
 def test_each_slice_keeps_a_model_and_is_tried_with_the_rows_asked_for():
