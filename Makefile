@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help pretrain finetune test test-xla test-aot test-slow soak lint docs clean
+.PHONY: help pretrain finetune test test-xla test-aot test-slow soak lint docs notebooks clean
 help:
 	@echo "make pretrain   train a small Gemma on Python's standard library, on four simulated devices (about 6 minutes)"
 	@echo "make finetune   teach that model to write docstrings, with LoRA (about 3 minutes, and 6 if it is not there yet)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  run the tests of large shapes and whole runs"
 	@echo "make soak       interrupt an hour of the quickstart in every way and compare the outcome (2.5 hours)"
 	@echo "make lint       check style"
+	@echo "make notebooks  run the notebooks, and keep what they show (about 3 minutes)"
 	@echo "make docs       build the reference of the public API, into build/docs"
 
 pretrain: $(READY)
@@ -41,6 +42,9 @@ soak: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+notebooks: $(READY)
+	$(BIN)/python notebooks/execute.py
 
 docs: $(READY)
 	$(BIN)/python docs/reference.py build/docs
