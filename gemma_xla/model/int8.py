@@ -62,12 +62,9 @@ def quantise(x: torch.Tensor, dim: int, stochastic: bool = False) -> tuple[torch
     x = x.float()
     scale = x.abs().amax(dim, keepdim=True) / LARGEST
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    # A division for each element would cost a TPU more than all the rest.
-    x = x * (1 / scale)
-    if not stochastic:
-        # No further from 0 than 127, but for the product's rounding, which this undoes.
-        return torch.round(x).to(torch.int8), scale
-    return torch.floor(x + kept().uniform(x)).clamp(-LARGEST, LARGEST).to(torch.int8), scale
+    x = x / scale
+    x = torch.floor(x + kept().uniform(x)) if stochastic else torch.round(x)
+    return x.clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
 def int8_dot(left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
