@@ -40,7 +40,7 @@ def parallelize(
     if backend.name == "torch":
         backend.use_compiler(None if section.compile == "auto" else section.compile)
     _constrain_activations(model, backend)
-    _suit_compiler(model, backend)
+    _suit_compiler(model, backend, section)
     # While layers are scanned, the first one stands for all: their specs are equal.
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}."
@@ -196,10 +196,11 @@ def _constrain_activations(model: Gemma, backend: Backend) -> None:
                 module.register_forward_hook(lambda _m, _args, out, spec=spec: backend.constrain(out, spec, spec))
 
 
-def _suit_compiler(model: Gemma, backend: Backend) -> None:
+def _suit_compiler(model: Gemma, backend: Backend, section: TrainSection) -> None:
     """Say what a compiler does not find by itself; nothing of the results changes."""
     for module in model.modules():
-        if isinstance(module, GemmaMLP):
+        # Products in 8 bits hide nothing: what comes before them is rounded in a pass of its own, with all that it is of.
+        if isinstance(module, GemmaMLP) and section.precision == "default":
             module.gated = functools.partial(backend.gated_gelu, outputs=module.down_proj.out_features)
         if isinstance(module, RMSNorm):
             # Keeps its backward pass out of the matrix product before it, which a TPU does slower with it inside.
