@@ -199,7 +199,7 @@ def _constrain_activations(model: Gemma, backend: Backend) -> None:
 def _suit_compiler(model: Gemma, backend: Backend, section: TrainSection) -> None:
     """Say what a compiler does not find by itself; nothing of the results changes."""
     for module in model.modules():
-        # Products in 8 bits hide nothing: what comes before them is rounded in a pass of its own, with all that it is of.
+        # Products in 8 bits hide nothing: what goes into them is rounded in a pass of its own, whatever it is of.
         if isinstance(module, GemmaMLP) and section.precision == "default":
             module.gated = functools.partial(backend.gated_gelu, outputs=module.down_proj.out_features)
         if isinstance(module, RMSNorm):
