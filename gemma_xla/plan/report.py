@@ -94,9 +94,18 @@ def comparison(plans: Sequence[Plan]) -> str:
     if any(plan.compiled for plan in plans):
         lines.append("Times are ESTIMATES from the compiled program: nothing was measured.")
     lines.append("GiB: per chip; MFU: causal; tok/s: per chip; *: most tokens per dollar")
+    lines += _wrapped(_too_fast(plans), "")
     lines += ["~: " + BOUNDS] if not all(plan.compiled for plan in plans) else []
     lines += [f"days and dollars: for {count(tokens)} tokens"] if tokens else []
     return _ascii("\n".join(lines))
+
+
+def _too_fast(plans: Sequence[Plan]) -> str:
+    """Which plans leave something out of their time."""
+    named = [plan.topology for plan in plans if plan.estimate and plan.estimate.unpriced]
+    return (
+        f"too fast, as some of it has no price (`gemma-xla plan` alone says what): {', '.join(named)}" if named else ""
+    )
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -249,6 +249,14 @@ def test_comparison_prefers_an_estimate_to_a_bound():
     assert "ESTIMATE" not in comparison([bound])
 
 
+def test_comparison_names_slices_whose_time_leaves_something_out():
+    whole = make_plan(topology="v5p-128", estimate=dataclasses.replace(make_plan().estimate, unpriced=[]))
+    text = comparison([whole, make_plan(topology="v6e-256")])
+    (note,) = [line for line in text.splitlines() if "no price" in line]
+    assert note.endswith(": v6e-256")
+    assert "no price" not in comparison([whole])
+
+
 def test_comparison_tells_settings_of_one_slice_apart():
     other = make_plan(settings={**SETTINGS, "batch_size_per_device": 2, "remat": "names"})
     lines = comparison([make_plan(), other]).splitlines()
