@@ -79,6 +79,7 @@ def by_arithmetic(setup: Setup, note: str = "the TPU compiler was not asked") ->
     Args:
         note: why nothing was compiled.
     """
+    setup = setup.resolved()
     memory, seconds = bounds(setup)
     return _plan(setup, memory, (seconds, seconds), compiled=False, notes=[note])
 
@@ -127,13 +128,14 @@ def _plan(
         "batch_size_per_device": setup.micro_batch_rows // hardware.slice_mesh.batch_shards,
         "grad_accum": config.train.grad_accum,
         "remat": config.train.remat,
-        "keep": ", ".join(f"{name}: {count}" for name, count in config.train.keep.items()),
         "layers": config.train.layers,
         "attention": config.model.attention,
         "compute_dtype": setup.dtype_name,
         "precision": config.train.precision,
         "lora_rank": config.lora and config.lora.rank,
     }
+    if kept := ", ".join(f"{name} in {count}" for name, count in config.train.keep.items()):
+        settings["keep"] = kept
     return Plan(
         config="",
         topology=hardware.name,
