@@ -86,7 +86,7 @@ def choose_remat(step: Step, hbm_bytes: Sourced | None) -> TrainSection:
         return step.train
     choices = [step.train.model_copy(update=choice) for choice in kept_choices(step.train)]
     if hbm_bytes is None:
-        return choices[0]
+        return step.train.model_copy(update=_SCANNED[0])
     room = _FILL * hbm_bytes.value
     tried = (dataclasses.replace(step, train=choice) for choice in choices)
     fitting = (one.train for one in tried if one.held + temporaries(one, frugal=False) <= room)

@@ -41,8 +41,10 @@ def test_as_much_is_kept_as_there_is_room_for(config, changes, remat, keep):
     assert setup.config.model_copy(update={"train": back}) == given
 
 
-def test_where_there_is_no_memory_of_its_own_nothing_is_computed_twice():
-    assert choose_remat(a_setup(*LAYER).step, None).remat == "none"
+@pytest.mark.parametrize("precision", ["default", "int8"])
+def test_where_there_is_no_memory_of_its_own_nothing_is_computed_twice(precision):
+    train = choose_remat(a_setup(*LAYER, f"train.precision={precision}").step, None)
+    assert (train.remat, train.keep) == ("none", {})
 
 
 def test_what_was_chosen_stays():

@@ -76,11 +76,6 @@ class Setup:
 
         return memory(self.model, self.hardware.slice_mesh, self.config.lora, self.compute_dtype)
 
-    @property
-    def slice_positions(self) -> int:
-        """Positions of a micro-batch on each chip."""
-        return self.micro_batch_rows // self.hardware.slice_mesh.batch_shards * self.flops.seq_len
-
     @cached_property
     def step(self) -> Step:
         """What decides how much memory a step takes."""
@@ -90,7 +85,7 @@ class Setup:
             model=self.model,
             mesh=self.hardware.slice_mesh,
             seq_len=self.flops.seq_len,
-            positions=self.slice_positions,
+            positions=self.micro_batch_rows // self.hardware.slice_mesh.batch_shards * self.flops.seq_len,
             itemsize=self.compute_dtype.itemsize,
             trained=self.memory.trained,
             held=self.memory.total,
