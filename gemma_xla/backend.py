@@ -109,6 +109,12 @@ class Backend:
         """Multiply int8 tensors, summing in int32 (`gemma_xla.model.int8.int8_dot`)."""
         return int8_dot(left, right, dims)
 
+    def laid_out(self, matrix: torch.Tensor, spec: Spec, *, turned: bool = False) -> torch.Tensor | None:
+        """Return an int8 matrix, or its transpose, as a product that sums over its last dimension needs it in memory.
+
+        It is split as the matrix is (``spec``). None where the matrix, or a view of it, does as well.
+        """
+
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         """Call ``function``, keeping only its inputs for the backward pass; ``draws``: it uses random numbers."""
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)

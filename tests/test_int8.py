@@ -17,7 +17,7 @@ from gemma_xla.model.int8 import LARGEST, MOST_SUMMED, Int8, _on_gpu, int8_dot, 
 from gemma_xla.model.loss import Layout
 from gemma_xla.train.checks import check_int8
 
-ALL = Int8(frozenset(INT8_PRODUCTS), False, int8_dot, lambda x: x, lambda x: x, Layout())
+ALL = Int8(frozenset(INT8_PRODUCTS), False, int8_dot, lambda x: x, lambda x: x.T, lambda x: x, Layout())
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

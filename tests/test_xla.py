@@ -207,7 +207,7 @@ from gemma_xla.xla import open_backend
 backend = open_backend(MeshSection(virtual_devices=1), use_xla=True)
 products = frozenset({"output", "grad_input", "grad_weight"})
 same = lambda x: x
-how = Int8(products, sys.argv[1] == "stochastic", backend.int8_dot, same, same, backend.loss_layout)
+how = Int8(products, sys.argv[1] == "stochastic", backend.int8_dot, same, lambda x: x.T, same, backend.loss_layout)
 
 class Layer(nn.Module):
     # Each layer multiplies the same by the same, and is given the same gradient.

@@ -6,7 +6,7 @@ summed exactly in 32 bits; and scaled back. Parameters, optimizer, norms, embedd
 their precision. The idea is that of AQT (https://github.com/google/aqt).
 
 Shape letters: B batch rows, T positions, I and O a layer's inputs and outputs, P parts of the batch on devices of their
-own, N positions of such a part, K what is summed over.
+own, K what is summed over.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Int8:
         stochastic: gradients are rounded up or down at random, right on average.
         dot: multiplies int8 tensors; int32.
         gather: makes a weight, or what has its first dimension, whole on every device that uses it.
+        gather_turned: makes a weight's transpose ``[I, O]`` whole.
         scatter: says how a weight's gradient is split.
         layout: where the rows of a batch lie.
     """
@@ -49,11 +50,14 @@ class Int8:
     stochastic: bool
     dot: Callable[[torch.Tensor, torch.Tensor, Dims], torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
+    gather_turned: Callable[[torch.Tensor], torch.Tensor]
     scatter: Callable[[torch.Tensor], torch.Tensor]
     layout: Layout
 
 
-def quantise(x: torch.Tensor, dim: int, stochastic: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(
+    x: torch.Tensor, dim: int | tuple[int, ...], stochastic: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return 8-bit integers and the float32 scales, of size 1 along ``dim``, that make them ``x`` again.
 
     A scale is the largest magnitude along ``dim`` over 127. An element is off by at most half of it, or, with
@@ -125,25 +129,27 @@ class _Int8Linear(torch.autograd.Function):
         # Sent in 8 bits, a quarter of what is stored; in the inputs' precision only where a product asks for it.
         exact = {"output", "grad_input"} - how.products
         whole_OI = how.gather(weight_OI.to(x_BTI.dtype)) if exact else None
-        w8_OI = w_scale_O1 = None
+        part_OI = w_scale_O1 = None
         if how.products & {"output", "grad_input"}:
-            w8_OI, w_scale_O1 = (how.gather(part) for part in quantise(weight_OI, 1))
+            part_OI, w_scale_O1 = quantise(weight_OI, 1)
+            w_scale_O1 = how.gather(w_scale_O1)
         ctx.how, ctx.dtype = how, weight_OI.dtype
-        ctx.save_for_backward(x_BTI, whole_OI, w8_OI, w_scale_O1)
+        ctx.save_for_backward(x_BTI, whole_OI, part_OI, w_scale_O1)
         if "output" in exact:
             return x_BTI @ whole_OI.T
         x8_BTI, x_scale_BT1 = quantise(x_BTI, -1)
-        out_BTO = how.dot(x8_BTI, w8_OI, (([2], [1]), ([], [])))
+        out_BTO = how.dot(x8_BTI, how.gather(part_OI), (([2], [1]), ([], [])))
         return (out_BTO.float() * x_scale_BT1 * w_scale_O1[:, 0]).to(x_BTI.dtype)
 
     @staticmethod
     def backward(ctx, grad_BTO):
-        x_BTI, whole_OI, w8_OI, w_scale_O1 = ctx.saved_tensors
+        x_BTI, whole_OI, part_OI, w_scale_O1 = ctx.saved_tensors
         how, grad_x = ctx.how, None
         if ctx.needs_input_grad[0] and "grad_input" in how.products:
             # The weight's scales belong to what is summed over, so they go into the other side before it is rounded.
             g8_BTO, g_scale_BT1 = quantise(grad_BTO.float() * w_scale_O1[:, 0], -1, how.stochastic)
-            grad_x = (how.dot(g8_BTO, w8_OI, (([2], [0]), ([], []))).float() * g_scale_BT1).to(x_BTI.dtype)
+            grad_BTI = how.dot(g8_BTO, how.gather_turned(part_OI), (([2], [1]), ([], [])))
+            grad_x = (grad_BTI.float() * g_scale_BT1).to(x_BTI.dtype)
         elif ctx.needs_input_grad[0]:
             grad_x = grad_BTO @ whole_OI
         grad_weight = _grad_weight(x_BTI, grad_BTO, how).to(ctx.dtype) if ctx.needs_input_grad[1] else None
@@ -155,9 +161,10 @@ def _grad_weight(x_BTI: torch.Tensor, grad_BTO: torch.Tensor, how: Int8) -> torc
         return how.scatter(grad_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1))
     # In each part by itself: scales over rows on other devices would have to wait for these.
     parts = how.layout.parts
-    x_PNI, grad_PNO = (how.layout.apart(x.unflatten(0, (parts, -1)).flatten(1, 2)) for x in (x_BTI, grad_BTO))
-    x8_PNI, x_scale_P1I = quantise(x_PNI, 1)
-    g8_PNO, g_scale_P1O = quantise(grad_PNO, 1, how.stochastic)
-    grad_POI = how.dot(g8_PNO, x8_PNI, (([1], [1]), ([0], [0])))
-    grad_POI = grad_POI.float() * g_scale_P1O.mT * x_scale_P1I
+    x_PBTI, grad_PBTO = (how.layout.apart(x.unflatten(0, (parts, -1))) for x in (x_BTI, grad_BTO))
+    x8_PBTI, x_scale_P11I = quantise(x_PBTI, (1, 2))
+    g8_PBTO, g_scale_P11O = quantise(grad_PBTO, (1, 2), how.stochastic)
+    # Rows stay apart: joined, they would have to be laid out anew.
+    grad_POI = how.dot(g8_PBTO, x8_PBTI, (([1, 2], [1, 2]), ([0], [0])))
+    grad_POI = grad_POI.float() * g_scale_P11O[:, 0].mT * x_scale_P11I[:, 0]
     return how.scatter(grad_POI.to(x_BTI.dtype).sum(0))

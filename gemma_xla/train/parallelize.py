@@ -86,7 +86,14 @@ def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, sectio
             for axes_of in (spec, gathered(spec))
         )
         # Split first, lest the compiler gather what it is made of.
-        return backend.constrain(backend.constrain(x, stored, stored), whole, stored)
+        x = backend.constrain(x, stored, stored)
+        rows = backend.laid_out(x, stored) if x.dtype == torch.int8 else None
+        return backend.constrain(x if rows is None else rows, whole, stored)
+
+    def gather_turned(spec: Spec, x: torch.Tensor) -> torch.Tensor:
+        turned = backend.laid_out(x, spec, turned=True)
+        # Sent anew, since it can lie in memory in one way only.
+        return gather(spec, x).T if turned is None else gather(spec[::-1], turned)
 
     rest = dict(specs)
     for name, module in layer.named_modules():
@@ -98,6 +105,7 @@ def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, sectio
             section.int8_rounding == "stochastic",
             backend.int8_dot,
             gather=functools.partial(gather, spec),
+            gather_turned=functools.partial(gather_turned, spec),
             scatter=lambda x, spec=spec: backend.constrain(x, spec, spec),
             layout=backend.loss_layout,
         )

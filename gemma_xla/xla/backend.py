@@ -26,7 +26,7 @@ from gemma_xla.model.int8 import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, check_slices, resolve_mesh
 from gemma_xla.xla.attention import use_splash
 from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, scan_layers
-from gemma_xla.xla.int8 import int8_dot
+from gemma_xla.xla.int8 import int8_dot, laid_out
 from gemma_xla.xla.tpu import is_for_tpu
 
 # The most elements of a tensor that a host makes wider by itself.
@@ -144,6 +144,9 @@ class XlaBackend(Backend):
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
         return int8_dot(left, right, dims, self.mesh)
+
+    def laid_out(self, matrix: torch.Tensor, spec: Spec, *, turned: bool = False) -> torch.Tensor | None:
+        return laid_out(matrix, spec, turned, self.mesh)
 
     def remat(self, function: Callable[..., torch.Tensor], *args, draws: bool = False) -> torch.Tensor:
         from torch_xla.utils.checkpoint import checkpoint

@@ -66,7 +66,7 @@ class MeshLayout(Layout):
         return carry, [*results.unbind(), *rest]
 
 
-def _fenced(tensor: torch.Tensor) -> torch.Tensor:
+def fenced(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that the compiler may not compute together with what uses it."""
     copy = tensor * 1
     torch_xla._XLAC._xla_optimization_barrier_([copy])
@@ -80,7 +80,7 @@ class Fence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _fenced(grad)
+        return fenced(grad)
 
 
 class GatedGelu(torch.autograd.Function):
@@ -91,10 +91,10 @@ class GatedGelu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gate, up, fenced: bool):
+    def forward(ctx, gate, up, apart: bool):
         ctx.save_for_backward(gate, up)
         out = F.gelu(gate, approximate="tanh") * up
-        return _fenced(out) if fenced else out
+        return fenced(out) if apart else out
 
     @staticmethod
     def backward(ctx, grad):
@@ -103,7 +103,7 @@ class GatedGelu(torch.autograd.Function):
         tanh = torch.tanh(_TANH_SCALE * (x + _CUBIC * x * x * x))
         inner = _TANH_SCALE * (1 + 3 * _CUBIC * x * x)
         slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner
-        by_gate = _fenced((slope * up.float()).to(gate.dtype))
+        by_gate = fenced((slope * up.float()).to(gate.dtype))
         by_up = (0.5 * x * (1 + tanh)).to(gate.dtype)
         return grad * by_gate, grad * by_up, None
 

@@ -13,7 +13,7 @@ import torch_xla.runtime as xr
 
 from gemma_xla.chips import Chip, topology
 from gemma_xla.errors import UserError
-from gemma_xla.sharding import AXES, BATCH, MeshShape
+from gemma_xla.sharding import AXES, BATCH, MeshShape, Spec
 
 # Shape and type of each argument.
 Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -69,24 +69,25 @@ def over_mesh(function: Callable, mesh: MeshShape, inputs: tuple, outputs: tuple
     return jax.shard_map(function, mesh=devices, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def in_rows(x: torch.Tensor, mesh: MeshShape, *, last: int = -1, split: bool = True) -> torch.Tensor:
+def in_rows(x: torch.Tensor, mesh: MeshShape, *, last: int = -1, spec: Spec | None = None) -> torch.Tensor:
     """Return a tensor with dimension ``last`` as its last one, side by side in memory whatever the compiler prefers.
 
     Args:
         x: a tensor; on other devices than TPUs it is laid out as they like.
         mesh: the devices.
         last: a dimension.
-        split: whether the first dimension is split over the batch's devices; if not, each has it all.
+        spec: how ``x`` is split; None: its first dimension over the batch's devices.
     """
     last %= x.dim()
     if not is_for_tpu():
         return x.movedim(last, -1)
-    computation = _to_rows(tuple(x.shape), x.dtype, last, split, mesh)
+    spec = (BATCH, *(None for _ in x.shape[1:])) if spec is None else spec
+    computation = _to_rows(tuple(x.shape), x.dtype, last, spec, mesh)
     return torch_xla._XLAC._xla_user_computation("gemma_xla::in_rows", [x], computation)[0]
 
 
 @functools.cache
-def _to_rows(shape: tuple[int, ...], dtype: torch.dtype, last: int, split: bool, mesh: MeshShape):
+def _to_rows(shape: tuple[int, ...], dtype: torch.dtype, last: int, spec: Spec, mesh: MeshShape):
     from jax.experimental.layout import Layout, with_layout_constraint
     from jax.numpy import moveaxis
     from jax.sharding import PartitionSpec
@@ -94,8 +95,9 @@ def _to_rows(shape: tuple[int, ...], dtype: torch.dtype, last: int, split: bool,
     def to_rows(x):
         return with_layout_constraint(moveaxis(x, last, -1), Layout(tuple(range(len(shape)))))
 
-    axes = PartitionSpec(BATCH if split else None, *(None for _ in shape[1:]))
-    hlo = lower_for_tpu(over_mesh(to_rows, mesh, (axes,), axes), ((shape, dtype),))
+    moved = (*spec[:last], *spec[last + 1 :], spec[last])
+    split = over_mesh(to_rows, mesh, (PartitionSpec(*spec),), PartitionSpec(*moved))
+    hlo = lower_for_tpu(split, ((shape, dtype),))
     return xb.computation_from_module_proto("in_rows", hlo)
 
 
