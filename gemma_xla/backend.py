@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from gemma_xla.model.int8 import Dims, int8_dot
+from gemma_xla.model.linear import Dims, int8_dot
 from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import AXES, MeshShape, Spec
 
@@ -106,7 +106,7 @@ class Backend:
         return F.gelu(gate, approximate="tanh") * up
 
     def int8_dot(self, left: torch.Tensor, right: torch.Tensor, dims: Dims) -> torch.Tensor:
-        """Multiply int8 tensors, summing in int32 (`gemma_xla.model.int8.int8_dot`)."""
+        """Multiply int8 tensors, summing in int32 (`gemma_xla.model.linear.int8_dot`)."""
         return int8_dot(left, right, dims)
 
     def laid_out(self, matrix: torch.Tensor, spec: Spec, *, turned: bool = False) -> torch.Tensor | None:
@@ -195,12 +195,13 @@ class Backend:
 
         return wait
 
-    def gather_units(self, units: list[nn.Module], dtype: torch.dtype) -> None:
+    def gather_units(self, units: list[nn.Module], dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
         """Have parameters that are split gathered, in ``dtype``, while a unit runs; a compiler does that by itself.
 
         Args:
             units: modules; the last one holds the others.
             dtype: the compute dtype.
+            reduce_dtype: in which their gradients are added up.
         """
 
     def sum_gradients(self, model: nn.Module) -> tuple[list[torch.Tensor], torch.Tensor]:

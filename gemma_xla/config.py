@@ -98,6 +98,9 @@ class TrainSection(Section):
     schedule: ScheduleSection = ScheduleSection()
     # "auto": bfloat16 on accelerators, float32 on CPUs. Parameters and optimizer state are float32 either way.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # In which gradients of the layers' matrices are added up over devices: "compute", the compute dtype, or "float32".
+    # "auto": the former with PyTorch/XLA, the latter between processes of plain PyTorch (docs/precision.md).
+    reduce_dtype: Literal["auto", "compute", "float32"] = "auto"
     # "int8": the layers' matrix products (not the output layer's, nor attention's) are made of 8-bit integers, which
     # a TPU does at twice the speed of bfloat16. Nothing is stored in 8 bits (docs/int8.md).
     precision: Literal["default", "int8"] = "default"

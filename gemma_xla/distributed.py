@@ -85,7 +85,7 @@ class ProcessBackend(Backend):
         fill(local, copy_to, dtype, index)
         return self._as_part(local, shape, spec)
 
-    def gather_units(self, units: list[nn.Module], dtype: torch.dtype) -> None:
+    def gather_units(self, units: list[nn.Module], dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
         if self._split is None:
             return
         root = units[-1]
@@ -101,8 +101,8 @@ class ProcessBackend(Backend):
                 unit,
                 mesh=self._split,
                 shard_placement_fn=where.get,
-                # Cast before gathering: half the bytes travel. Gradients are added up in float32.
-                mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+                # Cast before gathering: half the bytes travel.
+                mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False),
                 ignored_params=whole,
             )
             # The step divides, by the number of tokens; and not every kind of connection can.

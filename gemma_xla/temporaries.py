@@ -109,8 +109,12 @@ def temporaries(step: Step, *, frugal: bool = True) -> int:
     moment += weights + step.positions * _kept_values(step, keeps) * step.itemsize
     if step.train.optimizer.clip_norm:
         # None can be used before all are there.
-        moment = max(moment, step.trained * step.itemsize // _FLOAT32)
+        moment = max(moment, step.trained * _gradient_itemsize(step) // _FLOAT32)
     return moment
+
+
+def _gradient_itemsize(step: Step) -> int:
+    return _FLOAT32 if step.train.reduce_dtype == "float32" else step.itemsize
 
 
 def _stacked(step: Step) -> tuple[int, int]:

@@ -166,6 +166,18 @@ def test_the_compute_dtype_is_that_of_one_process(alone, tmp_path, lora):
     assert losses != pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.slow
+def test_gradients_can_be_added_up_in_the_compute_dtype(tmp_path):
+    first = {}
+    for dtype in ("float32", "compute"):
+        found = steps_in((1, 2), None, torch.bfloat16, tmp_path / dtype, reduce_dtype=dtype)
+        first[dtype] = found[0]["results"][0]
+    assert first["compute"][0] == first["float32"][0]
+    # Each entry is rounded to 8 bits once more.
+    assert first["compute"][1] == pytest.approx(first["float32"][1], rel=2**-8)
+    assert first["compute"][1] != first["float32"][1]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

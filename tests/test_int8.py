@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from gemma_xla.config import TrainSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import INT8_PRODUCTS
-from gemma_xla.model.int8 import LARGEST, MOST_SUMMED, Int8, _on_gpu, int8_dot, int8_linear, quantise
+from gemma_xla.model.linear import LARGEST, MOST_SUMMED, Products, _on_gpu, int8_dot, linear, quantise
 from gemma_xla.model.loss import Layout
 from gemma_xla.train.checks import check_int8
 
-ALL = Int8(frozenset(INT8_PRODUCTS), False, int8_dot, lambda x: x, lambda x: x.T, lambda x: x, Layout())
+ALL = Products(frozenset(INT8_PRODUCTS), False, int8_dot, lambda x: x, lambda x: x.T, lambda x: x, Layout())
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -113,11 +113,11 @@ def test_sums_that_overflow_are_refused(tiny_config, tmp_path, rows, changes, fi
         check_int8(config, train.micro_batch_rows(1), 1)
 
 
-def _linear(how: Int8, dtype: torch.dtype = torch.float32):
+def _linear(how: Products, dtype: torch.dtype = torch.float32):
     x, weight, grad = normal(4, 64, 96, seed=1), normal(128, 96, seed=2) / 10, normal(4, 64, 128, seed=3)
     x[0, 0] *= 3  # a row with its own scale
     x, weight = x.to(dtype).requires_grad_(), weight.requires_grad_()
-    out = int8_linear(x, weight, how)
+    out = linear(x, weight, how)
     out.backward(grad.to(dtype))
     exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
     exact = F.linear(exact_x, exact_weight)
@@ -160,7 +160,7 @@ def test_errors_are_those_of_rounding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exact", INT8_PRODUCTS)
 def test_each_product_can_stay_as_it_was(exact, dtype):
-    how = dataclasses.replace(ALL, products=ALL.products - {exact})
+    how = dataclasses.replace(ALL, in_8_bits=ALL.in_8_bits - {exact})
     tolerance = 1e-6 if dtype == torch.float32 else 5e-3
     for name, (ours, reference) in _linear(how, dtype).items():
         error = (ours.double() - reference).norm() / reference.norm()
@@ -168,9 +168,28 @@ def test_each_product_can_stay_as_it_was(exact, dtype):
         assert ours.dtype == (torch.float32 if name == "grad_weight" else dtype)
 
 
+def test_parts_of_a_gradient_can_be_added_up_in_float32():
+    parts, exactly = 4, dataclasses.replace(ALL, in_8_bits=frozenset(), layout=Layout(4))
+    rounded = {}
+    for name, dtype in {"compute": None, "float32": torch.float32}.items():
+        found = _linear(dataclasses.replace(exactly, sum_dtype=dtype), torch.bfloat16)
+        rounded[name] = found["grad_weight"][0]
+        # The others are what they were.
+        assert torch.equal(found["output"][0], _linear(exactly, torch.bfloat16)["output"][0])
+    x, grad = normal(4, 64, 96, seed=1), normal(4, 64, 128, seed=3).bfloat16()
+    x[0, 0] *= 3
+    x = x.bfloat16().detach()
+    products = torch.einsum("bto,bti->boi", grad.double(), x.double()).unflatten(0, (parts, -1)).sum(1)
+    expected = products.bfloat16().float().sum(0)
+    # Sums of 64 products in float32, rounded like exact ones but where those lie half-way.
+    assert (rounded["float32"] - expected).norm() < 1e-3 * expected.norm()
+    assert torch.equal(rounded["compute"], rounded["compute"].bfloat16().float())
+    assert not torch.equal(rounded["float32"], rounded["float32"].bfloat16().float())
+
+
 def test_stochastic_gradients_are_right_on_average():
     torch.manual_seed(0)
-    how = dataclasses.replace(ALL, products=frozenset({"grad_weight"}), stochastic=True)
+    how = dataclasses.replace(ALL, in_8_bits=frozenset({"grad_weight"}), stochastic=True)
     once, many = [], []
     for _ in range(64):
         ours, exact = _linear(how)["grad_weight"]

@@ -201,13 +201,13 @@ ROUNDING_IN_A_LOOP = """
 import sys, torch
 from torch import nn
 from gemma_xla.config import MeshSection
-from gemma_xla.model.int8 import Int8, int8_linear
+from gemma_xla.model.linear import Products, linear
 from gemma_xla.xla import open_backend
 
 backend = open_backend(MeshSection(virtual_devices=1), use_xla=True)
 products = frozenset({"output", "grad_input", "grad_weight"})
 same = lambda x: x
-how = Int8(products, sys.argv[1] == "stochastic", backend.int8_dot, same, lambda x: x.T, same, backend.loss_layout)
+how = Products(products, sys.argv[1] == "stochastic", backend.int8_dot, same, lambda x: x.T, same, backend.loss_layout)
 
 class Layer(nn.Module):
     # Each layer multiplies the same by the same, and is given the same gradient.
@@ -216,7 +216,7 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
 
     def forward(self, h, cos, sin, mask):
-        return h + int8_linear(cos, self.weight, how)
+        return h + linear(cos, self.weight, how)
 
 layers = nn.ModuleList([Layer(), Layer(), Layer()]).to(backend.device)
 torch.manual_seed(0)

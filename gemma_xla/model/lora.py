@@ -44,7 +44,7 @@ class LoraLinear(nn.Linear):
         dropping = self.training and self.dropout > 0
         dropped = kept().dropout(x, self.dropout) if dropping else x
         # Scaled where it is narrow.
-        added = F.linear(F.linear(dropped, self.lora_A.weight) * self.scaling, self.lora_B.weight)
+        added = self.lora_B(self.lora_A(dropped) * self.scaling)
         if not self.use_dora:
             return plain + added
         ratio = (self.lora_magnitude_vector / self._lengths()).to(x.dtype)

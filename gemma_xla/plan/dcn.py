@@ -28,8 +28,8 @@ def gradient_bytes(setup: Setup) -> int:
     """Bytes of gradients that a chip reduces with those that hold the same part of the model, for one micro-batch.
 
     Gradients are kept in float32, but a matrix is cast to the compute dtype before it is used, so that its gradient is
-    reduced in that dtype and cast after. Those of vectors are float32. The embedding has two, of the lookup and of the
-    output layer, and each is reduced by itself.
+    reduced in that dtype and cast after, unless ``reduce_dtype`` asks for float32. Those of vectors are float32. The
+    embedding has two, of the lookup and of the output layer, and each is reduced by itself.
     """
     model, mesh, lora = setup.model, setup.hardware.slice_mesh, setup.config.lora
     layers, embedding, vectors = model.num_hidden_layers, 0, 0
@@ -38,5 +38,7 @@ def gradient_bytes(setup: Setup) -> int:
         vectors = (2 * layers + 1) * model.hidden_size
     elif lora.use_dora:
         vectors = layers * sum(projections(model)[target][1] for target in lora.target_modules)
-    matrices = setup.memory.trained // _FLOAT32 - vectors + embedding
-    return matrices * setup.compute_dtype.itemsize + vectors * _FLOAT32
+    matrices = setup.memory.trained // _FLOAT32 - vectors - embedding
+    itemsize = setup.compute_dtype.itemsize
+    summed = _FLOAT32 if setup.config.train.reduce_dtype == "float32" else itemsize
+    return matrices * summed + 2 * embedding * itemsize + vectors * _FLOAT32

@@ -17,7 +17,7 @@ from gemma_xla.hf.config import config_json
 from gemma_xla.hf.folder import ADAPTER, check_free
 from gemma_xla.hf.writer import parse_size
 from gemma_xla.model.config import GemmaConfig
-from gemma_xla.model.int8 import MOST_SUMMED
+from gemma_xla.model.linear import MOST_SUMMED
 from gemma_xla.train.folder import RunFolder
 
 # Three arrays of int32 and one of int64 for each position (`gemma_xla.data.packing.pack`).

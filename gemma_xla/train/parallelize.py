@@ -18,9 +18,9 @@ from torch import nn
 from gemma_xla.backend import Backend
 from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
-from gemma_xla.model.int8 import Int8, int8_linear
 from gemma_xla.model.kept import kept
 from gemma_xla.model.layers import GemmaMLP, RMSNorm
+from gemma_xla.model.linear import Products, linear
 from gemma_xla.model.lora import LoraLinear, is_adapter
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
 
@@ -41,12 +41,14 @@ def parallelize(
         backend.use_compiler(None if section.compile == "auto" else section.compile)
     _constrain_activations(model, backend)
     _suit_compiler(model, backend, section)
+    # Between processes FSDP2 does it.
+    in_float32 = backend.name == "xla" and section.reduce_dtype == "float32" and dtype != torch.float32
+    sums = torch.float32 if in_float32 else None
     # While layers are scanned, the first one stands for all: their specs are equal.
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}."
         own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
-        if section.precision == "int8":
-            own = _use_int8(layer, own, backend, section)
+        own = _use_products(layer, own, backend, section, sums)
         if backend.compiles:
             _use_compiler(layer, backend)
         _use_as_unit(layer, own, backend, dtype)
@@ -58,7 +60,8 @@ def parallelize(
     _use_as_unit(model, outer, backend, dtype)
     if section.layers == "scan":
         _use_scan(model, backend, section)
-    backend.gather_units([*model.model.layers, model], dtype)
+    reduced = dtype if section.reduce_dtype == "compute" else torch.float32
+    backend.gather_units([*model.model.layers, model], dtype, reduced)
 
 
 def _use_as_unit(module: nn.Module, specs: dict[str, Spec], backend: Backend, dtype: torch.dtype) -> None:
@@ -77,8 +80,13 @@ def _use_as_unit(module: nn.Module, specs: dict[str, Spec], backend: Backend, dt
     module.forward = forward
 
 
-def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, section: TrainSection) -> dict[str, Spec]:
-    """Compute a layer's matrix products in 8 bits; return the specs of the parameters that have no part in these."""
+def _use_products(
+    layer: nn.Module, specs: dict[str, Spec], backend: Backend, section: TrainSection, sum_dtype: torch.dtype | None
+) -> dict[str, Spec]:
+    """Compute a layer's matrix products in 8 bits, or add their gradients up in ``sum_dtype``, if that is asked for.
+
+    Returns the specs of the parameters that have no part in these.
+    """
 
     def gather(spec: Spec, x: torch.Tensor) -> torch.Tensor:
         stored, whole = (
@@ -97,22 +105,27 @@ def _use_int8(layer: nn.Module, specs: dict[str, Spec], backend: Backend, sectio
 
     rest = dict(specs)
     for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear) or is_adapter(f"{name}.weight"):
+        if not isinstance(module, nn.Linear):
+            continue
+        # Adapters' products are narrow.
+        in_8_bits = section.precision == "int8" and not is_adapter(f"{name}.weight")
+        if not in_8_bits and (sum_dtype is None or not module.weight.requires_grad):
             continue
         spec = rest.pop(f"{name}.weight")
-        how = Int8(
-            frozenset(section.int8_products),
+        how = Products(
+            frozenset(section.int8_products if in_8_bits else ()),
             section.int8_rounding == "stochastic",
             backend.int8_dot,
             gather=functools.partial(gather, spec),
             gather_turned=functools.partial(gather_turned, spec),
             scatter=lambda x, spec=spec: backend.constrain(x, spec, spec),
             layout=backend.loss_layout,
+            sum_dtype=sum_dtype,
         )
         if isinstance(module, LoraLinear):
-            module.product = lambda x, weight, how=how: int8_linear(x, weight, how)
+            module.product = lambda x, weight, how=how: linear(x, weight, how)
         else:
-            module.forward = lambda x, module=module, how=how: int8_linear(x, module.weight, how)
+            module.forward = lambda x, module=module, how=how: linear(x, module.weight, how)
     return rest
 
 

@@ -22,7 +22,7 @@ from gemma_xla.backend import Backend, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import splash_takes
-from gemma_xla.model.int8 import Dims
+from gemma_xla.model.linear import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, check_slices, resolve_mesh
 from gemma_xla.xla.attention import use_splash
 from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, scan_layers

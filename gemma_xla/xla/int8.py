@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch_xla
 
-from gemma_xla.model.int8 import Dims
+from gemma_xla.model.linear import Dims
 from gemma_xla.sharding import MeshShape, Spec
 from gemma_xla.xla.graph import fenced
 from gemma_xla.xla.tpu import in_rows, is_for_tpu
@@ -20,7 +20,7 @@ def int8_dot(left: torch.Tensor, right: torch.Tensor, dims: Dims, mesh: MeshShap
     Args:
         left: the first dimension is split over the devices.
         right: split as ``left`` where that is the batch of the product; otherwise a matrix, whole on each device.
-        dims: as in `gemma_xla.model.int8.int8_dot`.
+        dims: as in `gemma_xla.model.linear.int8_dot`.
         mesh: the devices. With a tensor axis other dimensions may be split.
     """
     (left_summed, right_summed), batch = dims

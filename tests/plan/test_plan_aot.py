@@ -109,8 +109,28 @@ def test_products_in_8_bits(config_file):
         name: sum(c.num_bytes for c in plan.estimate.collectives if c.kind == "all-gather")
         for name, plan in plans.items()
     }
-    weights = 2 * LAYERS * _forward(question)
-    assert gathered["default"] - gathered["int8"] == pytest.approx(weights, rel=0.05)
+    # Forward and backward in 2 bytes; forward, again but for down_proj, and turned but where a chip's part is narrower
+    # than its tiles, keys and values, in 1.
+    model, forward = question.model, _forward(question)
+    down = model.hidden_size * model.intermediate_size
+    keys_and_values = 2 * model.hidden_size * model.num_key_value_heads * model.head_dim
+    assert gathered["default"] == pytest.approx(4 * LAYERS * forward, rel=0.25)
+    expected = LAYERS * (4 * forward - (3 * forward - down - keys_and_values))
+    assert gathered["default"] - gathered["int8"] == pytest.approx(expected, rel=0.05)
+
+
+def test_gradients_added_up_in_float32(config_file):
+    """The layers' matrices' take two bytes more on their way, and what is gathered no more than before."""
+    sums, gathered = {}, {}
+    for dtype in ("compute", "float32"):
+        overrides = [f"train.reduce_dtype={dtype}"]
+        plan, _ = work._by_compiler(setup(config_file, "v5e-4", *overrides), compiled(config_file, "v5e-4", *overrides))
+        by_kind = [(c.kind == "all-gather", c.num_bytes) for c in plan.estimate.collectives]
+        gathered[dtype] = sum(count for gathers, count in by_kind if gathers)
+        sums[dtype] = sum(count for gathers, count in by_kind if not gathers)
+    weights = LAYERS * _forward(setup(config_file, "v5e-4"))
+    assert sums["float32"] - sums["compute"] == pytest.approx(2 * weights, rel=0.02)
+    assert gathered["float32"] == pytest.approx(gathered["compute"], rel=0.02)
 
 
 def _executed(question: Setup) -> float:

@@ -1,9 +1,10 @@
-"""Linear layers whose matrix products are made of 8-bit integers, which a TPU does at twice the speed of bfloat16.
+"""Linear layers whose matrix products are made of 8-bit integers, or whose gradients are added up in float32.
 
-Nothing is stored in 8 bits: at each use the weight is scaled per output channel, activations and gradients per row
-(per channel where rows are summed over), by the largest magnitude; rounded to integers from -127 to 127; multiplied and
-summed exactly in 32 bits; and scaled back. Parameters, optimizer, norms, embedding, output layer and attention keep
-their precision. The idea is that of AQT (https://github.com/google/aqt).
+A TPU multiplies 8-bit integers at twice the speed of bfloat16. Nothing is stored in 8 bits: at each use the weight is
+scaled per output channel, activations and gradients per row (per channel where rows are summed over), by the largest
+magnitude; rounded to integers from -127 to 127; multiplied and summed exactly in 32 bits; and scaled back. Parameters,
+optimizer, norms, embedding, output layer and attention keep their precision. The idea is that of AQT
+(https://github.com/google/aqt).
 
 Shape letters: B batch rows, T positions, I and O a layer's inputs and outputs, P parts of the batch on devices of their
 own, K what is summed over.
@@ -33,26 +34,28 @@ Dims = tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
-class Int8:
+class Products:
     """How a layer's products are computed.
 
     Attributes:
-        products: those in 8 bits, of `gemma_xla.model.config.INT8_PRODUCTS`; the others keep the inputs' precision.
+        in_8_bits: those that are, of `gemma_xla.model.config.INT8_PRODUCTS`; the others keep the inputs' precision.
         stochastic: gradients are rounded up or down at random, right on average.
         dot: multiplies int8 tensors; int32.
         gather: makes a weight, or what has its first dimension, whole on every device that uses it.
         gather_turned: makes a weight's transpose ``[I, O]`` whole.
         scatter: says how a weight's gradient is split.
         layout: where the rows of a batch lie.
+        sum_dtype: in which the devices' parts of a weight's gradient are added up; None: the inputs' precision.
     """
 
-    products: frozenset[str]
+    in_8_bits: frozenset[str]
     stochastic: bool
     dot: Callable[[torch.Tensor, torch.Tensor, Dims], torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
     gather_turned: Callable[[torch.Tensor], torch.Tensor]
     scatter: Callable[[torch.Tensor], torch.Tensor]
     layout: Layout
+    sum_dtype: torch.dtype | None = None
 
 
 def quantise(
@@ -112,25 +115,25 @@ def _arranged(x: torch.Tensor, summed: list[int], batch: list[int]) -> torch.Ten
     return x.permute(*batch, *rest, *summed).reshape(*(torch.Size(size).numel() for size in sizes))
 
 
-def int8_linear(x_BTI: torch.Tensor, weight_OI: torch.Tensor, how: Int8) -> torch.Tensor:
-    """``x W^T`` and its gradients in 8-bit integers, ``[B, T, O]`` in the precision of ``x``.
+def linear(x_BTI: torch.Tensor, weight_OI: torch.Tensor, how: Products) -> torch.Tensor:
+    """``x W^T``, ``[B, T, O]`` in the precision of ``x``.
 
     Args:
         x_BTI: the inputs.
         weight_OI: as it is stored, in any precision.
         how: which products, and how.
     """
-    return _Int8Linear.apply(x_BTI, weight_OI, how)
+    return _Linear.apply(x_BTI, weight_OI, how)
 
 
-class _Int8Linear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTI, weight_OI, how):
         # Sent in 8 bits, a quarter of what is stored; in the inputs' precision only where a product asks for it.
-        exact = {"output", "grad_input"} - how.products
+        exact = {"output", "grad_input"} - how.in_8_bits
         whole_OI = how.gather(weight_OI.to(x_BTI.dtype)) if exact else None
         part_OI = w_scale_O1 = None
-        if how.products & {"output", "grad_input"}:
+        if how.in_8_bits & {"output", "grad_input"}:
             part_OI, w_scale_O1 = quantise(weight_OI, 1)
             w_scale_O1 = how.gather(w_scale_O1)
         ctx.how, ctx.dtype = how, weight_OI.dtype
@@ -145,7 +148,7 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx, grad_BTO):
         x_BTI, whole_OI, part_OI, w_scale_O1 = ctx.saved_tensors
         how, grad_x = ctx.how, None
-        if ctx.needs_input_grad[0] and "grad_input" in how.products:
+        if ctx.needs_input_grad[0] and "grad_input" in how.in_8_bits:
             # The weight's scales belong to what is summed over, so they go into the other side before it is rounded.
             g8_BTO, g_scale_BT1 = quantise(grad_BTO.float() * w_scale_O1[:, 0], -1, how.stochastic)
             grad_BTI = how.dot(g8_BTO, how.gather_turned(part_OI), (([2], [1]), ([], [])))
@@ -156,15 +159,19 @@ class _Int8Linear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _grad_weight(x_BTI: torch.Tensor, grad_BTO: torch.Tensor, how: Int8) -> torch.Tensor:
-    if "grad_weight" not in how.products:
+def _grad_weight(x_BTI: torch.Tensor, grad_BTO: torch.Tensor, how: Products) -> torch.Tensor:
+    if how.sum_dtype is None and "grad_weight" not in how.in_8_bits:
         return how.scatter(grad_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1))
-    # In each part by itself: scales over rows on other devices would have to wait for these.
+    # In each part by itself: scales over rows on other devices would have to wait for these, and a product over all
+    # devices' rows is added up in its own precision.
     parts = how.layout.parts
     x_PBTI, grad_PBTO = (how.layout.apart(x.unflatten(0, (parts, -1))) for x in (x_BTI, grad_BTO))
-    x8_PBTI, x_scale_P11I = quantise(x_PBTI, (1, 2))
-    g8_PBTO, g_scale_P11O = quantise(grad_PBTO, (1, 2), how.stochastic)
-    # Rows stay apart: joined, they would have to be laid out anew.
-    grad_POI = how.dot(g8_PBTO, x8_PBTI, (([1, 2], [1, 2]), ([0], [0])))
-    grad_POI = grad_POI.float() * g_scale_P11O[:, 0].mT * x_scale_P11I[:, 0]
-    return how.scatter(grad_POI.to(x_BTI.dtype).sum(0))
+    if "grad_weight" in how.in_8_bits:
+        x8_PBTI, x_scale_P11I = quantise(x_PBTI, (1, 2))
+        g8_PBTO, g_scale_P11O = quantise(grad_PBTO, (1, 2), how.stochastic)
+        # Rows stay apart: joined, they would have to be laid out anew.
+        grad_POI = how.dot(g8_PBTO, x8_PBTI, (([1, 2], [1, 2]), ([0], [0])))
+        grad_POI = grad_POI.float() * g_scale_P11O[:, 0].mT * x_scale_P11I[:, 0]
+    else:
+        grad_POI = torch.einsum("pbto,pbti->poi", grad_PBTO, x_PBTI)
+    return how.scatter(grad_POI.to(how.sum_dtype or x_BTI.dtype).sum(0))
