@@ -107,6 +107,7 @@ CONFIG = {
     "train.schedule={kind: wsd, warmup_steps: 4, decay_steps: 4}": (
         "train: schedule.warmup_steps (4) and schedule.decay_steps (4) do not fit into 6 steps; lower them, or raise"
     ),
+    "train.reduce_dtype=bfloat16": "train.reduce_dtype is 'bfloat16'; must be 'auto', 'compute' or 'float32'",
     "train.compute_dtype=int8": "train.compute_dtype is 'int8'; must be 'auto', 'float32' or 'bfloat16'",
     "train.stepz=3": "unknown key 'train.stepz'; did you mean 'train.steps'?",
     "seed=-1": "seed is -1; must be greater than or equal to 0",

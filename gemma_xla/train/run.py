@@ -77,10 +77,8 @@ class Run:
         parameters, trained = num_parameters(self.model_config), self.flops.num_trainable_parameters
         checks.check_memory(config, rows, parameters, trained, self.compute_dtype, self.backend)
         self.memory = memory(self.model_config, self.backend.mesh, config.lora, self.compute_dtype)
-        rows_and_types = {"rows": self.micro_batch_rows, "dtype": self.compute_dtype, "attention": self.attention}
-        config = self.config = with_remat(
-            config, self.model_config, self.backend, self.chip, self.memory, **rows_and_types
-        )
+        step = {"rows": self.micro_batch_rows, "dtype": self.compute_dtype, "attention": self.attention}
+        config = self.config = with_remat(config, self.model_config, self.backend, self.chip, self.memory, **step)
         self._check_folder()
         checks.check_export(config, self.model_config, self.folder)
         self.corpus = Corpus(config.data, seed=config.seed)

@@ -199,8 +199,8 @@ class _Layers(torch.autograd.Function):
             return [in_rows(out, loop.mesh), *constants], [h * 1, *values]
 
         with Unfilled() as buffers:
-            xs = [*loop.turns(stacked[0]), *stacked]
-            (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], xs)
+            per_layer = [*loop.turns(stacked[0]), *stacked]
+            (h, *_), kept = _scan_impl_flat(buffers.outside(body), [h, *constants], per_layer)
         ctx.loop, ctx.kept = loop, {name: len(values) for name, values in noted[-1].values.items()}
         ctx.save_for_backward(*constants, *stacked, *kept)
         return h
@@ -228,7 +228,7 @@ class _Layers(torch.autograd.Function):
             return [grad_h, *constants], grads
 
         with torch.no_grad():
-            xs = [*loop.turns(inputs), inputs, *kept, *stacked]
-            (grad, *_), grads = _scan_impl_flat(body, [grad, *constants], xs, reverse=True)
+            per_layer = [*loop.turns(inputs), inputs, *kept, *stacked]
+            (grad, *_), grads = _scan_impl_flat(body, [grad, *constants], per_layer, reverse=True)
         by_weight = dict(zip(trained, grads, strict=True))
         return None, grad, *(None for _ in constants), *(by_weight.get(i) for i in range(len(stacked)))
