@@ -111,6 +111,21 @@ def test_products_in_8_bits_are_those_of_plain_pytorch(devices, mesh, changes):
 
 
 @pytest.mark.xla
+@pytest.mark.parametrize("changes", [{}, {"layers": "scan", "remat": "full"}, {"precision": "int8"}], ids=str)
+@pytest.mark.parametrize("reduce_dtype", ["compute", "float32"])
+def test_gradients_are_added_up_in_float32_by_choice(reduce_dtype, changes):
+    spec = {"steps": 2, "dtype": "bfloat16", **changes}
+    expected = run(spec | {"layers": "loop"})
+    result = run_in_process(spec | {"devices": 4, "mesh": [2, 2, 1], "reduce_dtype": reduce_dtype})
+    # bfloat16 has 8 bits.
+    assert result["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-2)
+    # Whether the gradient of a matrix has no more bits than the compute dtype.
+    assert result["rounded"] == (reduce_dtype == "compute")
+    assert result["compilations"] == [1, 0]
+
+
+@pytest.mark.xla
 def test_rows_so_long_that_rotary_tables_are_made_in_a_loop():
     spec = {"steps": 2, "sizes": [[4, 1024]] * 2}
     expected = run(spec)

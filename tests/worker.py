@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": 4,
     "precision": "default",
     "int8_rounding": "nearest",
+    "reduce_dtype": "auto",
     "clip_norm": 1.0,
     "rates": None,
     "dtype": "float32",
@@ -78,7 +79,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if lora:
         make = adapted(HfReader(spec["from"]), backend, 0)
     model, specs = build_model(config, backend, make, backend.attention(config.head_dim, 32), lora)
-    train = {name: spec[name] for name in ("layers", "remat", "keep", "precision", "int8_rounding")}
+    train = {name: spec[name] for name in ("layers", "remat", "keep", "precision", "int8_rounding", "reduce_dtype")}
     train = TrainSection(steps=1, batch_size=1, **train)
     optimizer = build_optimizer(model, specs, backend, OptimizerSection())
     parallelize(model, specs, backend, train, getattr(torch, spec["dtype"]))
@@ -99,6 +100,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     weight = model.model.layers[0].mlp.gate_proj
     weight = weight.lora_B.weight if lora else weight.weight
     moments = [optimizer.state[weight][name] for name in MOMENTS]
+    gradient = _whole(backend, weight.grad)
     return {
         "start": start,
         "losses": [r[0] for r in results],
@@ -106,6 +108,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "tokens": [r[2] for r in results],
         "compilations": [b - a for a, b in zip(compiled[:-1], compiled[1:], strict=True)],
         "parts": [[list(values.shape) for _, values in backend.pieces(t)] for t in (weight, *moments, weight.grad)],
+        "rounded": torch.equal(gradient, gradient.bfloat16().float()),
         "weights": {n: _whole(backend, p).norm().item() for n, p in model.named_parameters()},
     }
 

@@ -164,14 +164,16 @@ def _grad_weight(x_BTI: torch.Tensor, grad_BTO: torch.Tensor, how: Products) -> 
         return how.scatter(grad_BTO.flatten(0, 1).T @ x_BTI.flatten(0, 1))
     # In each part by itself: scales over rows on other devices would have to wait for these, and a product over all
     # devices' rows is added up in its own precision.
-    parts = how.layout.parts
-    x_PBTI, grad_PBTO = (how.layout.apart(x.unflatten(0, (parts, -1))) for x in (x_BTI, grad_BTO))
+    parts, rows = how.layout.parts, x_BTI.shape[0] // how.layout.parts
+    # Several rows stay apart: joined, they would have to be laid out anew.
+    own = () if rows == 1 else (rows,)
+    x, grad = (how.layout.apart(x.reshape(parts, *own, *x.shape[1:])) for x in (x_BTI, grad_BTO))
+    summed = [*range(1, x.dim() - 1)]
     if "grad_weight" in how.in_8_bits:
-        x8_PBTI, x_scale_P11I = quantise(x_PBTI, (1, 2))
-        g8_PBTO, g_scale_P11O = quantise(grad_PBTO, (1, 2), how.stochastic)
-        # Rows stay apart: joined, they would have to be laid out anew.
-        grad_POI = how.dot(g8_PBTO, x8_PBTI, (([1, 2], [1, 2]), ([0], [0])))
-        grad_POI = grad_POI.float() * g_scale_P11O[:, 0].mT * x_scale_P11I[:, 0]
+        x8, x_scale = quantise(x, tuple(summed))
+        g8, g_scale = quantise(grad, tuple(summed), how.stochastic)
+        grad_POI = how.dot(g8, x8, ((summed, summed), ([0], [0]))).float()
+        grad_POI = grad_POI * g_scale.view(parts, -1, 1) * x_scale.view(parts, 1, -1)
     else:
-        grad_POI = torch.einsum("pbto,pbti->poi", grad_PBTO, x_PBTI)
+        grad_POI = torch.einsum("p...o,p...i->poi", grad, x)
     return how.scatter(grad_POI.to(how.sum_dtype or x_BTI.dtype).sum(0))
