@@ -66,7 +66,7 @@ class MeshLayout(Layout):
         return carry, [*results.unbind(), *rest]
 
 
-def _fenced(tensor: torch.Tensor) -> torch.Tensor:
+def fence_off(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that the compiler may not compute together with what uses it."""
     copy = tensor * 1
     torch_xla._XLAC._xla_optimization_barrier_([copy])
@@ -80,7 +80,7 @@ class Fence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _fenced(grad)
+        return fence_off(grad)
 
 
 class GatedGelu(torch.autograd.Function):
@@ -94,7 +94,7 @@ class GatedGelu(torch.autograd.Function):
     def forward(ctx, gate, up, fenced: bool):
         ctx.save_for_backward(gate, up)
         out = F.gelu(gate, approximate="tanh") * up
-        return _fenced(out) if fenced else out
+        return fence_off(out) if fenced else out
 
     @staticmethod
     def backward(ctx, grad):
@@ -103,7 +103,7 @@ class GatedGelu(torch.autograd.Function):
         tanh = torch.tanh(_TANH_SCALE * (x + _CUBIC * x * x * x))
         inner = _TANH_SCALE * (1 + 3 * _CUBIC * x * x)
         slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner
-        by_gate = _fenced((slope * up.float()).to(gate.dtype))
+        by_gate = fence_off((slope * up.float()).to(gate.dtype))
         by_up = (0.5 * x * (1 + tanh)).to(gate.dtype)
         return grad * by_gate, grad * by_up, None
 
