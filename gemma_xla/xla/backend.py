@@ -87,7 +87,9 @@ class XlaBackend(Backend):
         return torch_xla.tpu.get_tpu_env()["ACCELERATOR_TYPE"]
 
     def attention(self, head_dim: int, seq_len: int) -> str:
-        return "splash" if is_for_tpu() and splash_takes(head_dim, seq_len) else "reference"
+        if not is_for_tpu():
+            return "blocks"
+        return "splash" if splash_takes(head_dim, seq_len) else "reference"
 
     @property
     def compute_dtype(self) -> torch.dtype:
