@@ -101,6 +101,10 @@ class Backend:
         """Return ``tensor``; a compiler may not join what makes its gradient with what uses that."""
         return tensor
 
+    def made_once(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Return ``tensors``; a compiler may not make them anew in each place that uses them."""
+        return tensors
+
     def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor, outputs: int) -> torch.Tensor:
         """Return ``gelu(gate) * up``, with gelu in its tanh form, for a product that makes so many outputs of it."""
         return F.gelu(gate, approximate="tanh") * up

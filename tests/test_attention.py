@@ -131,3 +131,19 @@ def test_bfloat16_keeps_its_dtype_and_precision(impl):
     assert out.dtype == torch.bfloat16
     # Twice the rounding step of bfloat16: scores, weights and output are each rounded once.
     assert_close(out, spelled_out(q, k, v, brute_force(SEGMENTS, None)), tolerance=2**-7)
+
+
+@pytest.mark.parametrize("length", [100, 300, 1100])
+@pytest.mark.parametrize("window", [None, 150])
+def test_blocks_of_queries_give_what_all_at_once_do(length, window):
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.arange(length).mul(3).div(length, rounding_mode="floor").repeat(2, 1)
+    results = {}
+    tensors = [torch.randn(2, length, heads, 8, generator=generator) for heads in (4, 2, 2)]
+    upstream = torch.randn(tensors[0].shape, generator=generator)
+    for impl in ("reference", "blocks"):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = attend(*leaves, Mask(segments), window=window, impl=impl)
+        results[impl] = [out, *torch.autograd.grad(out, leaves, upstream)]
+    for one, other in zip(results["blocks"], results["reference"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Queries that the CPU works on at a time.
 _QUERIES = 128
+# The most blocks of queries where each is compiled by itself.
+_MOST_BLOCKS = 4
 
 
 class Mask:
@@ -106,7 +108,7 @@ def attend(
     return IMPLEMENTATIONS[impl](q_BTNH, k_BSKH, v_BSKH, mask, window)
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask | _Rows, window: int | None) -> torch.Tensor:
     """Every step spelled out, softmax in float32. Key/value heads are shared without being copied.
 
     The heads that share a key are stacked along the queries, so that scores come out of plain batched products in the
@@ -123,6 +125,30 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.
     probs_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(q_BTNH.dtype)
     out = torch.matmul(probs_BKGTS.flatten(2, 3), v_BSKH.transpose(1, 2))
     return out.unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class _Rows:
+    """The part of a mask that belongs to some of its queries and the first of its keys."""
+
+    def __init__(self, mask: Mask, start: int, end: int, num_keys: int) -> None:
+        self.mask, self.queries, self.num_keys = mask, slice(start, end), num_keys
+
+    def dense(self, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+        return self.mask.dense(self.num_keys, window, device)[..., self.queries, :num_keys]
+
+
+def _blocks(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+    """`_reference` for one block of queries after the other, each without the keys behind it, which none of it sees."""
+    if mask.q_index_T is not None:
+        return _reference(q_BTNH, k_BSKH, v_BSKH, mask, window)
+    T = q_BTNH.shape[1]
+    queries = max(_QUERIES, -(-T // _MOST_BLOCKS))
+    blocks = []
+    for start in range(0, T, queries):
+        end = min(start + queries, T)
+        rows = _Rows(mask, start, end, T)
+        blocks.append(_reference(q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end], rows, window))
+    return torch.cat(blocks, dim=1)
 
 
 def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
@@ -159,4 +185,4 @@ def _flex(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tenso
     return flex_attention(q_BNTH, k_BKSH, v_BKSH, block_mask=blocks, enable_gqa=shared).transpose(1, 2)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "sdpa": _sdpa, "flex": _flex}
+IMPLEMENTATIONS = {"reference": _reference, "blocks": _blocks, "sdpa": _sdpa, "flex": _flex}

@@ -219,6 +219,8 @@ def _constrain_activations(model: Gemma, backend: Backend) -> None:
 
 def _suit_compiler(model: Gemma, backend: Backend, section: TrainSection) -> None:
     """Say what a compiler does not find by itself; nothing of the results changes."""
+    rope = model.model.rope
+    model.model.rope = lambda position_ids_BT: backend.made_once(rope(position_ids_BT))
     for module in model.modules():
         # Products in 8 bits hide nothing: what goes into them is rounded in a pass of its own, whatever it is of.
         if isinstance(module, GemmaMLP) and section.precision == "default":

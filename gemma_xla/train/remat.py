@@ -41,6 +41,6 @@ def with_remat(
         itemsize=dtype.itemsize,
         trained=memory.trained,
         held=memory.total,
-        uses_splash=attention != "reference",
+        uses_splash=attention not in ("reference", "blocks"),
     )
     return config.model_copy(update={"train": choose_remat(step, chip.hbm_bytes)})

@@ -25,7 +25,7 @@ from gemma_xla.model.config import splash_takes
 from gemma_xla.model.linear import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, check_slices, resolve_mesh
 from gemma_xla.xla.attention import use_splash
-from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, scan_layers
+from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, fenced, scan_layers
 from gemma_xla.xla.int8 import int8_dot, laid_out
 from gemma_xla.xla.tpu import is_for_tpu
 
@@ -87,7 +87,9 @@ class XlaBackend(Backend):
         return torch_xla.tpu.get_tpu_env()["ACCELERATOR_TYPE"]
 
     def attention(self, head_dim: int, seq_len: int) -> str:
-        return "splash" if is_for_tpu() and splash_takes(head_dim, seq_len) else "reference"
+        if not is_for_tpu():
+            return "blocks"
+        return "splash" if splash_takes(head_dim, seq_len) else "reference"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -138,6 +140,10 @@ class XlaBackend(Backend):
 
     def fence_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         return Fence.apply(tensor)
+
+    def made_once(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        # A CPU calls a library's function for each sine, which took 3% of a step: each layer made its own.
+        return tensors if is_for_tpu() else tuple(fenced(tensor) for tensor in tensors)
 
     def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor, outputs: int) -> torch.Tensor:
         return GatedGelu.apply(gate, up, outputs > _TILE)
