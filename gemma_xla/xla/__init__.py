@@ -38,7 +38,7 @@ def _keep_memory() -> None:
     """Have the C library keep what is freed, and all of it in one place; of use before threads begin.
 
     Otherwise the devices' buffers go back to the kernel after each step, and come page by page in the next: half a
-    million page faults and a quarter of the CPU-seconds of benchmarks/train_step.py.
+    million page faults and 3 to 4 CPU-seconds in each step of benchmarks/train_step.py.
     """
     # Other C libraries have no such function.
     with contextlib.suppress(AttributeError, OSError):
