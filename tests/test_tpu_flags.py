@@ -1,9 +1,13 @@
-"""The TPU compiler's settings reach it, and the user's own go before ours."""
+"""What is set before PyTorch/XLA starts: the TPU compiler's settings, after which the user's own go; freed memory."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +43,22 @@ def test_a_run_sets_them(monkeypatch, given):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     configure_environment(None)
     assert os.environ["LIBTPU_INIT_ARGS"] == libtpu_arguments(given or "")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
+@pytest.mark.parametrize(("devices", "kept"), [(1, True), (None, False)])
+def test_memory_that_is_freed_is_kept_where_devices_are_simulated(devices, kept):
+    program = f"""
+import resource
+from gemma_xla.xla import configure_environment
+configure_environment({devices})
+import torch
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffers = [torch.ones(2**21) for _ in range(32)]
+    del buffers
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    pages = 32 * 2**23 / resource.getpagesize()
+    assert (int(done.stdout) < 0.5 * pages) == kept
