@@ -114,7 +114,8 @@ def test_products_in_8_bits(config_file):
     model, forward = question.model, _forward(question)
     down = model.hidden_size * model.intermediate_size
     keys_and_values = 2 * model.hidden_size * model.num_key_value_heads * model.head_dim
-    outer = 2 * model.vocab_size * model.hidden_size
+    # The embedding for the lookup, and for the output layer.
+    outer = 2 * 2 * model.vocab_size * model.hidden_size
     assert gathered["default"] == pytest.approx(4 * LAYERS * forward + outer, rel=0.05)
     expected = LAYERS * (4 * forward - (3 * forward - down - keys_and_values))
     assert gathered["default"] - gathered["int8"] == pytest.approx(expected, rel=0.05)
