@@ -200,6 +200,17 @@ def test_adapters_give_the_same_numbers_on_any_mesh(base, kind, devices, mesh, c
 
 
 @pytest.mark.xla
+def test_gradients_of_adapters_are_added_up_in_float32_by_choice(base):
+    spec = {"steps": 2, "dtype": "bfloat16", "from": base, "lora": KINDS["dora"]}
+    expected = run(spec)
+    changes = {"layers": "scan", "remat": "full", "reduce_dtype": "float32"}
+    result = run_in_process(spec | {"devices": 4, "mesh": [2, 2, 1]} | changes)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-2)
+    assert not result["rounded"]
+
+
+@pytest.mark.xla
 def test_dropout_in_scanned_layers_is_the_same_forwards_and_backwards(base):
     """With other random choices in the backward pass, a step along the gradient would not lower the same loss."""
     lora = KINDS["plain"] | {"dropout": 0.5}
