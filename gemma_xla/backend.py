@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
+from gemma_xla.model.layers import GemmaAttention
 from gemma_xla.model.linear import Dims, int8_dot
 from gemma_xla.model.loss import Layout
 from gemma_xla.sharding import AXES, MeshShape, Spec
@@ -104,6 +105,9 @@ class Backend:
     def made_once(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Return ``tensors``; a compiler may not make them anew in each place that uses them."""
         return tensors
+
+    def suit_attention(self, attention: GemmaAttention) -> None:
+        """Change how a layer's attention runs; nothing of the results changes."""
 
     def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor, outputs: int) -> torch.Tensor:
         """Return ``gelu(gate) * up``, with gelu in its tanh form, for a product that makes so many outputs of it."""

@@ -97,18 +97,21 @@ def attend(
     mask: Mask,
     *,
     window: int | None = None,
+    scale: float | None = None,
     impl: str = "sdpa",
 ) -> torch.Tensor:
     """Scaled dot-product attention with shared key/value heads (arXiv:2305.13245); returns ``[B, T, N, H]``.
 
     Args:
         window: positions a query sees, itself included; None: all before it.
+        scale: what scores are multiplied by; None: H^-0.5.
         impl: a key of `IMPLEMENTATIONS`.
     """
-    return IMPLEMENTATIONS[impl](q_BTNH, k_BSKH, v_BSKH, mask, window)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[impl](q_BTNH, k_BSKH, v_BSKH, mask, window, scale)
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask | _Rows, window: int | None) -> torch.Tensor:
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask | _Rows, window: int | None, scale: float) -> torch.Tensor:
     """Every step spelled out, softmax in float32. Key/value heads are shared without being copied.
 
     The heads that share a key are stacked along the queries, so that scores come out of plain batched products in the
@@ -118,7 +121,7 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask: Mask | _Rows, window: int | None) -
     S, K = k_BSKH.shape[1:3]
     q_BKGTH = q_BTNH.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4)
     scores = torch.matmul(q_BKGTH.flatten(2, 3), k_BSKH.permute(0, 2, 3, 1))
-    scores_BKGTS = scores.unflatten(2, (N // K, T)).float() * H**-0.5
+    scores_BKGTS = scores.unflatten(2, (N // K, T)).float() * scale
     visible = mask.dense(S, window, q_BTNH.device)[:, :, None]
     # A finite filler: a row with nothing to see must not become NaN.
     scores_BKGTS = torch.where(visible, scores_BKGTS, torch.finfo(torch.float32).min)
@@ -137,25 +140,25 @@ class _Rows:
         return self.mask.dense(self.num_keys, window, device)[..., self.queries, :num_keys]
 
 
-def _blocks(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+def _blocks(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None, scale: float) -> torch.Tensor:
     """`_reference` for one block of queries after the other, each without the keys behind it, which none of it sees."""
     if mask.q_index_T is not None:
-        return _reference(q_BTNH, k_BSKH, v_BSKH, mask, window)
+        return _reference(q_BTNH, k_BSKH, v_BSKH, mask, window, scale)
     T = q_BTNH.shape[1]
     queries = max(_QUERIES, -(-T // _MOST_BLOCKS))
     blocks = []
     for start in range(0, T, queries):
         end = min(start + queries, T)
         rows = _Rows(mask, start, end, T)
-        blocks.append(_reference(q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end], rows, window))
+        blocks.append(_reference(q_BTNH[:, start:end], k_BSKH[:, :end], v_BSKH[:, :end], rows, window, scale))
     return torch.cat(blocks, dim=1)
 
 
-def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None, scale: float) -> torch.Tensor:
     """PyTorch's fused kernels."""
     causal = mask.is_plain_causal and window is None
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
-    options = {"enable_gqa": q_BTNH.shape[2] != k_BSKH.shape[2]}
+    options = {"enable_gqa": q_BTNH.shape[2] != k_BSKH.shape[2], "scale": scale}
     if causal:
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, **options).transpose(1, 2)
     visible = mask.dense(k_BSKH.shape[1], window, q_BTNH.device)
@@ -170,19 +173,20 @@ def _sdpa(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tenso
     return torch.cat(blocks, dim=2).transpose(1, 2)
 
 
-def _flex(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None) -> torch.Tensor:
+def _flex(q_BTNH, k_BSKH, v_BSKH, mask: Mask, window: int | None, scale: float) -> torch.Tensor:
     """PyTorch's kernel for masks of blocks, for a GPU: a fused one where what calls it is compiled.
 
     With a mask of single positions, PyTorch's other fused kernels refuse shared heads or compute what nobody sees.
     """
     if mask.q_index_T is not None:
-        return _sdpa(q_BTNH, k_BSKH, v_BSKH, mask, window)
+        return _sdpa(q_BTNH, k_BSKH, v_BSKH, mask, window, scale)
     from torch.nn.attention.flex_attention import flex_attention
 
     blocks = mask.blocks(k_BSKH.shape[1], window, q_BTNH.device)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     shared = q_BTNH.shape[2] != k_BSKH.shape[2]
-    return flex_attention(q_BNTH, k_BKSH, v_BKSH, block_mask=blocks, enable_gqa=shared).transpose(1, 2)
+    out = flex_attention(q_BNTH, k_BKSH, v_BKSH, block_mask=blocks, scale=scale, enable_gqa=shared)
+    return out.transpose(1, 2)
 
 
 IMPLEMENTATIONS = {"reference": _reference, "blocks": _blocks, "sdpa": _sdpa, "flex": _flex}

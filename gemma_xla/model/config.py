@@ -193,3 +193,11 @@ def preset(name: str) -> GemmaConfig:
 def splash_takes(head_dim: int, positions: int) -> bool:
     """Whether the attention kernel for TPUs takes rows of so many positions: whole vectors alone, of 128 values."""
     return head_dim % 128 == 0 and positions % 128 == 0
+
+
+def heads_first_takes(head_dim: int, positions: int) -> bool:
+    """Whether the kernel that turns heads and moves them takes such rows: whole vectors for each half of a head.
+
+    Only of 256 values, Gemma's size, whose scale for attention is a power of two.
+    """
+    return head_dim == 256 and positions % 128 == 0

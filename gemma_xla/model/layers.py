@@ -83,6 +83,7 @@ class GemmaAttention(nn.Module):
         self.layer_idx = layer_idx
         self.impl = impl
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
         self.window = config.window(layer_idx)
         D, H = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(D, config.num_attention_heads * H, bias=False)
@@ -94,11 +95,15 @@ class GemmaAttention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = (
             proj(x_BTD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, cos, sin), apply_rope(k_BTKH, cos, sin)
+        q_BTNH, k_BTKH, v_BTKH = self.turned(q_BTNH, k_BTKH, v_BTKH, cos, sin)
         if cache is not None:
             k_BTKH, v_BTKH = cache.update(self.layer_idx, k_BTKH, v_BTKH)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, window=self.window, impl=self.impl)
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, window=self.window, scale=self.scale, impl=self.impl)
         return self.o_proj(out_BTNH.flatten(-2))
+
+    def turned(self, q_BTNH, k_BTKH, v_BTKH, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys turned, and values. A method of its own so that a device's kernel can take its place."""
+        return apply_rope(q_BTNH, cos, sin), apply_rope(k_BTKH, cos, sin), v_BTKH
 
 
 class GemmaMLP(nn.Module):

@@ -5,7 +5,8 @@ dimension 256), read from the compiler's own schedule of the kernels: bundles of
 libtpu 0.0.21 (``LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"``), 2026-11. The blocks that
 splash attention runs are taken to be those of a causal mask, n (n + 1) / 2 of n x n; blocks stepped over count
 nothing. The kernel of gradients (`gemma_xla.xla.flash_backward`) takes a table of blocks; what it does once for each
-block of keys is in the price of a block, at 8 of them to a row. Kernels of other names, sizes and chips have no price.
+block of keys is in the price of a block, at 8 of them to a row. The kernel that moves heads (`gemma_xla.xla.heads`)
+waits for memory or computes, whichever takes longer. Kernels of other names, sizes and chips have no price.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ _CYCLES = {
         (f"dq_segmented_{_QUERIES}", 2, 12696),
     ),
 }
+# Of the kernel that moves heads, by chip: bundles of the inner loop for 1024 positions of a head of 256, moved only and
+# turned too, and the part of the memory's bandwidth that a copy of float32 reaches by the compiler's own cycles.
+_HEADS = re.compile(r"(?:vmap_)*heads_(?:first|last)_(turned_)?\d+_")
+_HEADS_CYCLES = {"v5e": (308, 952, 0.81), "v5p": (221, 921, 0.72), "v6e": (253, 1064, 0.81)}
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -61,6 +66,8 @@ def kernel_cycles(instruction: Instruction, operands: list[Array], chip: Chip) -
     """
     if _FLASH_BACKWARD.match(instruction.name):
         return _flash_cycles(operands[0], operands[_FLASH_TABLES], chip)
+    if moves := _HEADS.match(instruction.name):
+        return _heads_cycles(instruction.arrays[0], operands, bool(moves[1]), chip)
     for name, results, cycles in _CYCLES.get(chip.name, ()):
         if re.match(rf"(vmap_)*splash_m[hq]a_{name}", instruction.name) and len(instruction.arrays) == results:
             *heads, num_queries, head_dim = operands[2].dims
@@ -77,6 +84,15 @@ def _flash_cycles(table: Array, queries: Array, chip: Chip) -> float | None:
     if head_dim != _HEAD_DIM or chip.name not in _FLASH_CYCLES:
         return None
     return math.prod(heads) * table.num_elements * _FLASH_CYCLES[chip.name] / _cores(chip, heads[:-1])
+
+
+def _heads_cycles(moved: Array, operands: list[Array], turned: bool, chip: Chip) -> float | None:
+    if chip.name not in _HEADS_CYCLES or chip.hbm_bandwidth is None or chip.clock is None:
+        return None
+    *cycles, reached = _HEADS_CYCLES[chip.name]
+    computing = moved.num_elements / (_BLOCK * _HEAD_DIM) * cycles[turned] / chip.cores.value
+    num_bytes = moved.num_bytes + sum(operand.num_bytes for operand in operands)
+    return max(computing, num_bytes / (chip.hbm_bandwidth.value * reached) * chip.clock.value)
 
 
 def _cores(chip: Chip, independent: list[int]) -> int:

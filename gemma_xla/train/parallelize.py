@@ -19,7 +19,7 @@ from gemma_xla.backend import Backend
 from gemma_xla.config import TrainSection
 from gemma_xla.model.gemma import Gemma
 from gemma_xla.model.kept import kept
-from gemma_xla.model.layers import GemmaMLP, RMSNorm
+from gemma_xla.model.layers import GemmaAttention, GemmaMLP, RMSNorm
 from gemma_xla.model.linear import Products, linear
 from gemma_xla.model.lora import LoraLinear, is_adapter
 from gemma_xla.sharding import ACTIVATION_RULES, Spec, gathered, resolve_spec
@@ -225,6 +225,8 @@ def _suit_compiler(model: Gemma, backend: Backend, section: TrainSection) -> Non
         # Products in 8 bits hide nothing: what goes into them is rounded in a pass of its own, whatever it is of.
         if isinstance(module, GemmaMLP) and section.precision == "default":
             module.gated = functools.partial(backend.gated_gelu, outputs=module.down_proj.out_features)
+        if isinstance(module, GemmaAttention):
+            backend.suit_attention(module)
         if isinstance(module, RMSNorm):
             # Keeps its backward pass out of the matrix product before it, which a TPU does slower with it inside.
             module.register_forward_hook(lambda _m, _args, out: backend.fence_gradient(out))

@@ -22,9 +22,10 @@ from gemma_xla.backend import Backend, Piece, narrower, part_of
 from gemma_xla.config import MeshSection
 from gemma_xla.errors import UserError
 from gemma_xla.model.config import splash_takes
+from gemma_xla.model.layers import GemmaAttention
 from gemma_xla.model.linear import Dims
 from gemma_xla.sharding import AXES, MeshShape, Spec, check_slices, resolve_mesh
-from gemma_xla.xla.attention import use_splash
+from gemma_xla.xla.attention import use_heads_first, use_splash
 from gemma_xla.xla.graph import Constrain, Fence, GatedGelu, MeshLayout, by_positions, fenced, scan_layers
 from gemma_xla.xla.int8 import int8_dot, laid_out
 from gemma_xla.xla.tpu import is_for_tpu
@@ -144,6 +145,10 @@ class XlaBackend(Backend):
     def made_once(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         # A CPU calls a library's function for each sine, which took 3% of a step: each layer made its own.
         return tensors if is_for_tpu() else tuple(fenced(tensor) for tensor in tensors)
+
+    def suit_attention(self, attention: GemmaAttention) -> None:
+        if is_for_tpu() and attention.impl == "splash":
+            use_heads_first(attention, self.mesh)
 
     def gated_gelu(self, gate: torch.Tensor, up: torch.Tensor, outputs: int) -> torch.Tensor:
         return GatedGelu.apply(gate, up, outputs > _TILE)

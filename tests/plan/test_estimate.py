@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -315,6 +316,29 @@ def test_the_kernel_of_gradients_has_a_price(chip, heads, blocks, cycles_each, c
         f"ENTRY %main () -> f32[] {{\n  {text.replace('256]', '128]')}\n}}\n", CHIPS[chip], MeshShape(1, 4)
     )
     assert other.unpriced == ["vmap_flash_backward_segmented_1024_512__: 1"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "expected"),
+    [
+        ("v5e", "heads_first_1024_", 2 * 8 * 8192 * 512 / (0.81 * 819e9)),
+        ("v5e", "vmap_heads_last_turned_1024_.3", (2 * 8 * 8192 * 512 + 2 * 8192 * 512) / (0.81 * 819e9)),
+        ("v5p", "vmap_heads_first_turned_1024_.3", (2 * 8 * 8192 * 512 + 2 * 8192 * 512) / (0.72 * 2765e9)),
+        # Memory that is faster than the two cores.
+        ("fast v5p", "heads_first_turned_1024_", 8 * 8 * 921 / 2 / 1.75e9),
+    ],
+)
+def test_moving_heads_has_a_price(chip, name, expected):
+    tables = ", %t, %t" if "turned" in name else ""
+    of = CHIPS[chip.removeprefix("fast ")]
+    if chip.startswith("fast"):
+        of = dataclasses.replace(of, hbm_bandwidth=dataclasses.replace(of.hbm_bandwidth, value=1e15))
+    text = f"""%t = f32[1,8192,128] parameter(0)
+  %x = bf16[1,8192,2048] parameter(1)
+  %{name} = bf16[8,8192,256] custom-call(%x{tables}), custom_call_target="tpu_custom_call\""""
+    found = estimate(f"ENTRY %main () -> f32[] {{\n  {text}\n}}\n", of, MeshShape(1, 4))
+    assert found.seconds == pytest.approx(expected)
+    assert found.unpriced == []
 
 
 def test_a_kernel_beside_a_collective_is_still_paid_for():
