@@ -79,6 +79,14 @@ def test_attention_equals_a_softmax_over_visible_keys(impl, window, segments):
 
 
 @every_impl
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_scores_are_multiplied_by_what_is_asked_for(impl, segments):
+    q, k, v = qkv()
+    out = attend(q, k, v, Mask(segments), scale=0.7, impl=impl)
+    assert_close(out, spelled_out(0.7 * q.shape[-1] ** 0.5 * q, k, v, brute_force(segments, None)))
+
+
+@every_impl
 @pytest.mark.parametrize("head_dim", [8, 256])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_gradients_of_shared_heads(impl, head_dim, kv_heads):

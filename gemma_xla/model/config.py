@@ -196,8 +196,8 @@ def splash_takes(head_dim: int, positions: int) -> bool:
 
 
 def heads_first_takes(head_dim: int, positions: int) -> bool:
-    """Whether the kernel that turns heads and moves them takes such rows: whole vectors for each half of a head.
+    """Whether the kernel for TPUs that turns heads and moves them takes such rows.
 
-    Only of 256 values, Gemma's size, whose scale for attention is a power of two.
+    Heads of 256 values, Gemma's: their halves are whole vectors, and their scale for attention is a power of two.
     """
     return head_dim == 256 and positions % 128 == 0

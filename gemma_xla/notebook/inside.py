@@ -80,7 +80,7 @@ def attention_maps(model: Gemma, batch: Batch) -> torch.Tensor:
         # Position number s has a one in place s and zeros elsewhere for its value: what comes out are the weights.
         B, S, K, _ = k_BSKH.shape
         unit_BSKS = torch.eye(S, dtype=x_BTD.dtype, device=x_BTD.device)[None, :, None].expand(B, S, K, S)
-        out_BTNS = attend(q_BTNH, k_BSKH, unit_BSKS, mask, window=module.window, impl="reference")
+        out_BTNS = attend(q_BTNH, k_BSKH, unit_BSKS, mask, window=module.window, scale=module.scale, impl="reference")
         maps.append(out_BTNS.transpose(1, 2))
 
     attention = {name: m for name, m in model.named_modules() if isinstance(m, GemmaAttention)}

@@ -39,12 +39,15 @@ def use_splash(mesh: MeshShape) -> None:
 def use_heads_first(attention: GemmaAttention, mesh: MeshShape) -> None:
     """Have a layer turn queries and keys, and move their heads and those of values to the front, in one kernel.
 
-    The heads come back as views that look as they did: what takes them apart again, as "splash" does, moves nothing.
+    They come back as views that look as they did: what takes them apart again, as "splash" does, moves nothing. A layer
+    whose heads are of another size than the kernel takes stays as it is.
     """
-    plain, scale = attention.turned, attention.scale
+    head_dim, plain, scale = attention.head_dim, attention.turned, attention.scale
+    if not heads_first_takes(head_dim, 0):
+        return
 
     def turned(q_BTNH, k_BTKH, v_BTKH, cos, sin):
-        if q_BTNH.dtype != torch.bfloat16 or not heads_first_takes(q_BTNH.shape[-1], q_BTNH.shape[1]):
+        if q_BTNH.dtype != torch.bfloat16 or not heads_first_takes(head_dim, q_BTNH.shape[1]):
             q_BTNH, k_BTKH, v_BTKH = plain(q_BTNH, k_BTKH, v_BTKH, cos, sin)
             return q_BTNH * scale, k_BTKH, v_BTKH
         tables = [table.squeeze(2).expand(len(q_BTNH), -1, -1) for table in (cos, sin)]

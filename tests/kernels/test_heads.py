@@ -102,3 +102,10 @@ def test_a_layer_with_it_computes_what_it_did(monkeypatch, kv_heads):
     # Rows that it does not take go the plain way.
     short = layer(x[:, :100], *(table[:, :100] for table in angles()), Mask())
     torch.testing.assert_close(short, results[0][0][:, :100], rtol=0, atol=2**-7 * short.abs().max().item())
+
+
+def test_heads_of_another_size_stay_as_they_are():
+    layer = GemmaAttention(GemmaConfig(32, 64, 64, 1, 2, 1, head_dim=128), 0, "reference")
+    attention.use_heads_first(layer, MeshShape())
+    assert layer.scale == 128**-0.5
+    assert "turned" not in vars(layer)
