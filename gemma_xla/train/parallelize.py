@@ -221,9 +221,11 @@ def _suit_compiler(model: Gemma, backend: Backend, section: TrainSection) -> Non
     """Say what a compiler does not find by itself; nothing of the results changes."""
     rope = model.model.rope
     model.model.rope = lambda position_ids_BT: backend.made_once(rope(position_ids_BT))
+    # Where `up` is computed again, its product hides what the gated unit's gradient needs. Products in 8 bits hide
+    # nothing: what goes into them is rounded in a pass of its own, whatever it is of.
+    hides = section.remat == "full" and section.precision == "default"
     for module in model.modules():
-        # Products in 8 bits hide nothing: what goes into them is rounded in a pass of its own, whatever it is of.
-        if isinstance(module, GemmaMLP) and section.precision == "default":
+        if isinstance(module, GemmaMLP) and hides:
             module.gated = functools.partial(backend.gated_gelu, outputs=module.down_proj.out_features)
         if isinstance(module, GemmaAttention):
             backend.suit_attention(module)

@@ -117,13 +117,15 @@ def _computation(direction: str, signature: Signature, window: int | None, mesh:
     from gemma_xla.xla.splash import Attention
 
     (queries, _), (keys, _) = signature[:2]
+    rows_of_a_device = queries[0] // mesh.batch_shards
     attention = Attention(
         kv_heads=keys[1],
         positions=queries[2],
         window=window,
         mesh=mesh,
         segmented=len(signature) % 3 == 1,
-        groups=cores(),
+        # Rows are independent anyway.
+        groups=1 if rows_of_a_device % cores() == 0 else cores(),
     )
     hlo = lower_for_tpu(getattr(attention, direction)(), signature)
     return xb.computation_from_module_proto(f"splash_{direction}", hlo)
