@@ -171,10 +171,10 @@ class _Loop:
     def split(self, tensors):
         return tensors[: self.num_constants], tensors[self.num_constants :]
 
-    def laid_out(self, kept: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def laid_out(self, name: str, kept: torch.Tensor) -> torch.Tensor:
         """An activation as the backward loop wants it: otherwise each turn of that lays it out anew."""
-        # Along the tensor axis activations are split in many ways.
-        return in_rows(kept, self.mesh) if kept.dtype == h.dtype and self.mesh.tensor == 1 else kept
+        # What a kernel gives lies like that. Along the tensor axis activations are split in many ways.
+        return in_rows(kept, self.mesh) if name.endswith("_proj") and self.mesh.tensor == 1 else kept
 
     def run(self, h, constants, weights, kept: Kept) -> torch.Tensor:
         cos, sin, *segments = constants
@@ -199,7 +199,7 @@ class _Layers(torch.autograd.Function):
                 out = loop.run(h, constants, weights, noted[-1])
             if not loop.has_backward:
                 return [out, *constants], []
-            values = [loop.laid_out(value, h) for name in noted[-1].values for value in noted[-1].values[name]]
+            values = [loop.laid_out(name, value) for name in noted[-1].values for value in noted[-1].values[name]]
             # As the backward loop wants it: otherwise the inputs of all layers are laid out anew between the loops.
             return [in_rows(out, loop.mesh), *constants], [h * 1, *values]
 
