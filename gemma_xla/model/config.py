@@ -195,9 +195,9 @@ def splash_takes(head_dim: int, positions: int) -> bool:
     return head_dim % 128 == 0 and positions % 128 == 0
 
 
-def heads_first_takes(head_dim: int, positions: int) -> bool:
-    """Whether the kernel for TPUs that turns heads and moves them takes such rows.
+def heads_first_takes(head_dim: int) -> bool:
+    """Whether the kernel for TPUs that turns heads and moves them takes such heads, of rows that `splash_takes`.
 
-    Heads of 256 values, Gemma's: their halves are whole vectors, and their scale for attention is a power of two.
+    Of 256 values, as Gemma's: their halves are whole vectors, and their scale for attention is a power of two.
     """
-    return head_dim == 256 and positions % 128 == 0
+    return head_dim == 256

@@ -87,7 +87,7 @@ def _flash_cycles(table: Array, queries: Array, chip: Chip) -> float | None:
 
 
 def _heads_cycles(moved: Array, operands: list[Array], turned: bool, chip: Chip) -> float | None:
-    if chip.name not in _HEADS_CYCLES or chip.hbm_bandwidth is None or chip.clock is None:
+    if chip.name not in _HEADS_CYCLES:
         return None
     *cycles, reached = _HEADS_CYCLES[chip.name]
     computing = moved.num_elements / (_BLOCK * _HEAD_DIM) * cycles[turned] / chip.cores.value

@@ -43,11 +43,11 @@ def use_heads_first(attention: GemmaAttention, mesh: MeshShape) -> None:
     whose heads are of another size than the kernel takes stays as it is.
     """
     head_dim, plain, scale = attention.head_dim, attention.turned, attention.scale
-    if not heads_first_takes(head_dim, 0):
+    if not heads_first_takes(head_dim):
         return
 
     def turned(q_BTNH, k_BTKH, v_BTKH, cos, sin):
-        if q_BTNH.dtype != torch.bfloat16 or not heads_first_takes(head_dim, q_BTNH.shape[1]):
+        if q_BTNH.dtype != torch.bfloat16 or not splash_takes(head_dim, q_BTNH.shape[1]):
             q_BTNH, k_BTKH, v_BTKH = plain(q_BTNH, k_BTKH, v_BTKH, cos, sin)
             return q_BTNH * scale, k_BTKH, v_BTKH
         tables = [table.squeeze(2).expand(len(q_BTNH), -1, -1) for table in (cos, sin)]

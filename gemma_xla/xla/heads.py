@@ -18,11 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from gemma_xla.sharding import BATCH, MeshShape
-from gemma_xla.xla.tpu import over_mesh
+from gemma_xla.xla.tpu import largest_block, over_mesh
 
 # Positions of one head that are moved at a time.
 _BLOCK = 1024
-_LANES = 128
 
 
 def heads_first(
@@ -49,7 +48,7 @@ def heads_first(
 
 def _one_row(x: jax.Array, *tables: jax.Array, scale: float, back: bool, interpret: bool) -> jax.Array:
     positions, heads, head_dim = (x.shape[1], x.shape[0], x.shape[2]) if back else x.shape
-    block = next(block for block in range(_BLOCK, 0, -_LANES) if positions % block == 0)
+    block = largest_block(_BLOCK, positions)
     # Heads side by side, and apart.
     beside = pl.BlockSpec((block, head_dim), lambda at, head: (at, head))
     apart = pl.BlockSpec((None, block, head_dim), lambda at, head: (head, at, 0))

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from gemma_xla.sharding import BATCH, MeshShape
 from gemma_xla.xla.flash_backward import fits, flash_backward
-from gemma_xla.xla.tpu import over_mesh
+from gemma_xla.xla.tpu import largest_block, over_mesh
 
 # Positions in a block of queries, in one of keys, and in the part of it that is computed at a time.
 _BLOCKS = (1024, 1024, 512)
@@ -93,7 +93,7 @@ class Attention:
 
     def _one_group(self, segments: tuple, q, k, v, out, lse, grad) -> tuple[jax.Array, jax.Array, jax.Array]:
         if fits(self.positions, q.shape[-1]):
-            block, _, part = (_block(size, self.positions) for size in _BLOCKS)
+            block, _, part = (largest_block(size, self.positions) for size in _BLOCKS)
             options = {"window": self.window, "blocks": (block, part), "interpret": self.interpret}
             return flash_backward(q, k, v, out, lse, grad, *(segments or (None,)), **options)
         made = self._kernel(q.shape[0])
@@ -147,7 +147,7 @@ def _segment_ids(segments: tuple) -> kernel.SegmentIds | None:
 def _kernel(heads: int, is_mqa: bool, positions: int, window: int | None, interpret: bool):
     square = (positions, positions)
     mask = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
-    blocks = [_block(size, positions) for size in _BLOCKS]
+    blocks = [largest_block(size, positions) for size in _BLOCKS]
     queries, keys, _ = blocks
     return kernel._make_splash_attention(
         masks.MultiHeadMask([mask] * heads),
@@ -157,8 +157,3 @@ def _kernel(heads: int, is_mqa: bool, positions: int, window: int | None, interp
         q_seq_shards=1,
         interpret=interpret,
     )
-
-
-def _block(size: int, positions: int) -> int:
-    """The largest block of at most ``size`` that divides the positions."""
-    return next(block for block in range(size, 0, -128) if positions % block == 0)

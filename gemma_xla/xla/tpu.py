@@ -69,6 +69,11 @@ def over_mesh(function: Callable, mesh: MeshShape, inputs: tuple, outputs: tuple
     return jax.shard_map(function, mesh=devices, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
+def largest_block(size: int, positions: int) -> int:
+    """The largest block of at most ``size`` positions, a multiple of 128, that divides all of them."""
+    return next(block for block in range(size, 0, -128) if positions % block == 0)
+
+
 def in_rows(x: torch.Tensor, mesh: MeshShape, *, last: int = -1, spec: Spec | None = None) -> torch.Tensor:
     """Return a tensor with dimension ``last`` as its last one, side by side in memory whatever the compiler prefers.
 
